@@ -1,0 +1,75 @@
+"""Shrink: factorised layers, the methods that make them, and the search for the smallest plan."""
+
+from typing import TYPE_CHECKING
+
+from fullrank._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fullrank.compress.allocation import Budget as Budget
+    from fullrank.compress.allocation import allocate as allocate
+    from fullrank.compress.batches import Batches as Batches
+    from fullrank.compress.calibration import CalibrationStats as CalibrationStats
+    from fullrank.compress.calibration import LayerStats as LayerStats
+    from fullrank.compress.curve import Candidate as Candidate
+    from fullrank.compress.curve import FloorError as FloorError
+    from fullrank.compress.curve import Shrunk as Shrunk
+    from fullrank.compress.distill import Distillation as Distillation
+    from fullrank.compress.factorization import factorize as factorize
+    from fullrank.compress.factorization import report as report
+    from fullrank.compress.family import PlanFamily as PlanFamily
+    from fullrank.compress.floor import shrink as shrink
+    from fullrank.compress.layers import LowRankLinear as LowRankLinear
+    from fullrank.compress.lord import LoRDConfig as LoRDConfig
+    from fullrank.compress.lord import lord_compress as lord_compress
+    from fullrank.compress.matrices import Matricised as Matricised
+    from fullrank.compress.matrices import matricise as matricise
+    from fullrank.compress.planning import layer_spectra as layer_spectra
+    from fullrank.compress.planning import make_plan as make_plan
+    from fullrank.compress.solvers import Decomposition as Decomposition
+    from fullrank.compress.solvers import Factors as Factors
+    from fullrank.compress.solvers import decompose as decompose
+    from fullrank.compress.solvers import split as split
+    from fullrank.compress.store import export_dense as export_dense
+    from fullrank.compress.store import load as load
+    from fullrank.compress.store import save as save
+    from fullrank.compress.targets import factorisable as factorisable
+    from fullrank.core.plan import RankPlan as RankPlan
+    from fullrank.core.rank_rules import Energy as Energy
+    from fullrank.core.rank_rules import Fixed as Fixed
+    from fullrank.core.rank_rules import FractionOfBreakEven as FractionOfBreakEven
+    from fullrank.core.rank_rules import ParamRatio as ParamRatio
+    from fullrank.core.rank_rules import PerKind as PerKind
+    from fullrank.core.rank_rules import Value as Value
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(["Budget", "allocate"], "allocation"),
+        "Batches": "batches",
+        **dict.fromkeys(["CalibrationStats", "LayerStats"], "calibration"),
+        "Distillation": "distill",
+        "shrink": "floor",
+        "factorisable": "targets",
+        "PlanFamily": "family",
+        **dict.fromkeys(["factorize", "report"], "factorization"),
+        "LowRankLinear": "layers",
+        **dict.fromkeys(["LoRDConfig", "lord_compress"], "lord"),
+        **dict.fromkeys(["Matricised", "matricise"], "matrices"),
+        **dict.fromkeys(["layer_spectra", "make_plan"], "planning"),
+        **dict.fromkeys(["Candidate", "FloorError", "Shrunk"], "curve"),
+        **dict.fromkeys(["Decomposition", "Factors", "decompose", "split"], "solvers"),
+        **dict.fromkeys(["export_dense", "load", "save"], "store"),
+        **dict.fromkeys(
+            [
+                "Energy",
+                "Fixed",
+                "FractionOfBreakEven",
+                "ParamRatio",
+                "PerKind",
+                "RankPlan",
+                "Value",
+            ],
+            "rules",
+        ),
+    },
+)

@@ -1,0 +1,196 @@
+"""Calibration data in any of its forms, and how a model is run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fullrank.core.errors import InputError
+
+Batch = Any
+"""A tensor, a tuple of tensors (positional arguments) or a mapping (keyword arguments)."""
+
+
+class Batches:
+    """Batches of model inputs, made from texts or passed through.
+
+    Parameters
+    ----------
+    model
+        Says which device the batches go to; a SentenceTransformer also tokenises texts.
+    data
+        Texts, or an iterable of batches: tensors, tuples of tensors, or mappings such as a
+        tokenizer gives (whose ``attention_mask`` is then respected).
+    batch_size
+        Texts a batch.
+    max_length
+        Texts are cut to so many tokens; None keeps the model's own limit.
+    tokenizer
+        Needed when texts are given and the model is no SentenceTransformer.
+
+    Raises
+    ------
+    InputError
+        When there is no data, or texts without a tokenizer.
+
+    Examples
+    --------
+    >>> [tuple(b.shape) for b in Batches(nn.Linear(3, 2), [torch.zeros(4, 3)] * 2)]
+    [(4, 3), (4, 3)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+    ) -> None:
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise InputError(f"batch_size={batch_size}, max_length={max_length}: both at least 1")
+        if isinstance(data, Batches):
+            data = data._data
+        if isinstance(data, (str, Tensor, Mapping)):
+            raise InputError(
+                f"the data is a single {type(data).__name__}; give a list of texts or of batches"
+            )
+        self._data: Iterable[Any] = data
+        if isinstance(data, Sequence):
+            if len(data) == 0:
+                raise InputError("the calibration data is empty; give at least a few dozen samples")
+            if isinstance(data[0], str):
+                self._data = _tokenised(model, data, batch_size, max_length, tokenizer)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    @property
+    def total(self) -> int | None:
+        """Number of batches, where that is known."""
+        return len(self._data) if isinstance(self._data, Sequence) else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (_to(batch, self._device) for batch in self._data)
+
+
+def _tokenised(
+    model: nn.Module,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int | None,
+    tokenizer: Callable[..., Any] | None,
+) -> list[dict[str, Tensor]]:
+    # Texts of one length side by side: less padding to compute and to leave out.
+    ordered = sorted(texts, key=len)
+    groups = [list(ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size)]
+    return [dict(tokenise(model, group, max_length, tokenizer)) for group in groups]
+
+
+def tokenise(
+    model: nn.Module,
+    texts: list[str],
+    max_length: int | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+) -> Mapping[str, Tensor]:
+    """Turn texts into one batch for this model."""
+    if is_sentence_transformer(model):
+        encoder: Any = model
+        before = encoder.max_seq_length
+        if max_length is not None:
+            encoder.max_seq_length = min(max_length, before or max_length)
+        try:
+            features = encoder.preprocess(texts)
+        finally:
+            encoder.max_seq_length = before
+        return {k: v for k, v in features.items() if isinstance(v, Tensor)}
+    if tokenizer is None:
+        raise InputError("texts were given without a tokenizer; pass tokenizer=, or batches")
+    cut = {"max_length": max_length} if max_length is not None else {}
+    batch: Mapping[str, Tensor] = tokenizer(
+        texts, padding=True, truncation=True, return_tensors="pt", **cut
+    )
+    return batch
+
+
+def is_sentence_transformer(model: nn.Module) -> bool:
+    """Whether this is a sentence-transformers model, without importing the library."""
+    return any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_to(v, device) for v in value)
+    return value
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch."""
+    if isinstance(batch, Mapping):
+        # A SentenceTransformer takes its features as one dictionary, and writes into it.
+        return model(dict(batch)) if is_sentence_transformer(model) else model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def attention_mask(batch: Batch) -> Tensor | None:
+    """Return the ``(batch, length)`` attention mask of a batch that has one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+class Output(NamedTuple):
+    """What a model is used for, one row a sample or token, and whether rows are logits."""
+
+    value: Tensor
+    logits: bool = False
+
+
+def output_of(result: Any, mask: Tensor | None = None) -> Output:
+    """Find in what a model returned the part it is used for.
+
+    Unit sentence embeddings, logits, or the mean of the last hidden state over real tokens; for
+    a plain module its output tensor.
+    """
+    if isinstance(result, Tensor):
+        return Output(result)
+    if isinstance(result, tuple):
+        return output_of(result[0], mask)
+
+    def get(key: str) -> Any:
+        return result.get(key) if isinstance(result, Mapping) else getattr(result, key, None)
+
+    if (embedding := get("sentence_embedding")) is not None:
+        return Output(functional.normalize(embedding, dim=-1))
+    if (logits := get("logits")) is not None:
+        by_token = mask is not None and logits.ndim == 3 and logits.shape[:2] == mask.shape
+        return Output(logits[mask.bool()] if by_token and mask is not None else logits, True)
+    hidden = get("last_hidden_state")
+    if hidden is None:
+        raise InputError(f"cannot tell which part of a {type(result).__name__} is the output")
+    if mask is None:
+        return Output(hidden.mean(1))
+    weights = mask.to(hidden)[..., None]
+    return Output((hidden * weights).sum(1) / weights.sum(1).clamp_min(1))
+
+
+def probe(output: Output, generator: torch.Generator) -> Tensor:
+    """Return a number whose gradients' second moment says how the model reacts to errors.
+
+    Outputs are projected on a random direction a row, which gives the Gauss-Newton matrix of
+    their squared error; of logits, a label is drawn from the model's own distribution, which
+    gives the Fisher information.
+    """
+    value = output.value
+    if output.logits:
+        rows = value.reshape(-1, value.shape[-1]).float()
+        drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)
+        return nn.functional.cross_entropy(rows, drawn[:, 0].to(rows.device), reduction="sum")
+    direction = torch.randn(value.shape, generator=generator).to(value)
+    return (value * direction).sum()

@@ -1,0 +1,191 @@
+"""Recovery after shrinking: the small model learns to give the large one's outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.compress.batches import Batches, Output, attention_mask, call, output_of
+from fullrank.core.errors import InputError
+from fullrank.core.progress import progress as progress_bar
+
+
+@dataclass
+class Distillation:
+    """Fine-tune a shrunk model on the outputs of the original, which needs no labels.
+
+    Callable as ``recover`` of :func:`~fullrank.compress.shrink`. Sentence embeddings and hidden
+    states are matched by squared error, logits by their Kullback-Leibler divergence. Token
+    embeddings stay as they are; every other parameter that is trainable is trained. What the
+    training reaches is compared on batches it never saw, and dropped if it is no better.
+
+    Parameters
+    ----------
+    teacher
+        The original model; it is not changed.
+    data
+        Texts or batches, as for calibration. The last tenth of the batches is held out.
+    steps
+        Optimizer steps.
+    lr
+        Peak learning rate of AdamW, reached after a tenth of the steps and lowered to 0.
+    seconds
+        Stop early, with the learning rate lowered by then. Which step that is depends on the
+        machine: None makes runs repeatable.
+    batch_size, max_length, tokenizer
+        Of texts; see :class:`~fullrank.compress.Batches`.
+    seed
+        Of the order of batches.
+    progress
+        Show a bar.
+
+    Attributes
+    ----------
+    before, after
+        Mean loss on the held-out batches, of the last call.
+
+    Examples
+    --------
+    >>> import copy
+    >>> teacher = nn.Linear(4, 4)
+    >>> student, data = copy.deepcopy(teacher), [torch.randn(8, 4) for _ in range(20)]
+    >>> _ = student.weight.data.mul_(0.5)
+    >>> recover = Distillation(teacher, data, steps=30, lr=1e-2)
+    >>> recover(student)
+    >>> recover.after < recover.before
+    True
+    """
+
+    teacher: nn.Module
+    data: Iterable[Any]
+    steps: int = 100
+    lr: float = 2e-4
+    seconds: float | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+    tokenizer: Callable[..., Any] | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.lr > 0:
+            raise InputError(f"steps={self.steps}, lr={self.lr}: both must be positive")
+        source = Batches(
+            self.teacher,
+            self.data,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            tokenizer=self.tokenizer,
+        )
+        self._batches = list(source)
+        if len(self._batches) < 2:
+            raise InputError("distillation needs at least two batches, one to check on")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self._batches), generator=generator).tolist()
+        held = max(1, len(order) // 10)
+        self._held, self._train = order[:held], order[held:]
+        self._targets: dict[int, Output] = {}
+        self.before = self.after = float("nan")
+
+    def __call__(self, student: nn.Module) -> None:
+        """Train the student, in place."""
+        with _trainable(student) as parameters, _evaluating(student), _evaluating(self.teacher):
+            if not parameters:
+                raise InputError("the model to recover has no trainable parameter")
+            start = [p.detach().clone() for p in parameters]
+            self.before = self._check(student)
+            self._train_steps(student, parameters)
+            self.after = self._check(student)
+            if not self.after < self.before:
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, start, strict=True):
+                        parameter.copy_(value)
+                self.after = self.before
+
+    def _train_steps(self, student: nn.Module, parameters: list[Tensor]) -> None:
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        start = time.monotonic()
+        order: list[int] = []
+        with progress_bar("recover", self.steps, self.progress, "steps") as advance:
+            for step in range(self.steps):
+                done = step / self.steps
+                if self.seconds is not None:
+                    done = max(done, (time.monotonic() - start) / self.seconds)
+                if done >= 1:
+                    break
+                rate = self.lr * min(1.0, (step + 1) / max(1, self.steps // 10)) * (1 - done)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                if not order:
+                    shuffle = torch.randperm(len(self._train), generator=generator)
+                    order = [self._train[i] for i in shuffle.tolist()]
+                loss = self._loss(student, order.pop())
+                optimizer.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                advance(1)
+
+    def _loss(self, student: nn.Module, index: int) -> Tensor:
+        batch = self._batches[index]
+        mask = attention_mask(batch)
+        target = self._targets.get(index)
+        if target is None:
+            with torch.no_grad():
+                target = output_of(call(self.teacher, batch), mask)
+            # Worth keeping only where it is small: one row a text, not one a token.
+            if not target.logits:
+                self._targets[index] = target
+        output = output_of(call(student, batch), mask)
+        if output.logits:
+            return nn.functional.kl_div(
+                output.value.float().log_softmax(-1),
+                target.value.float().log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+        return (output.value.float() - target.value.float()).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def _check(self, student: nn.Module) -> float:
+        losses = [self._loss(student, index) for index in self._held]
+        return float(torch.stack(losses).mean())
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield what is to be trained; token embeddings ask for no gradient meanwhile."""
+    frozen = [
+        p
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters()
+        if p.requires_grad
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield [p for p in model.parameters() if p.requires_grad]
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout: both models then see the same function of the same batch."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,135 @@
+"""A nested family of plans for one model: one for every size, each cheap to build."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from fullrank.compress.allocation import allocate, curves_from
+from fullrank.compress.calibration import CalibrationStats
+from fullrank.compress.factorization import factorised_layer, mark, replace_modules
+from fullrank.compress.layers import LowRankLinear
+from fullrank.compress.matrices import matricise
+from fullrank.compress.planning import entry_for
+from fullrank.compress.solvers import Decomposition, Method, decompose
+from fullrank.compress.targets import Patterns, factorisable
+from fullrank.core.errors import InputError
+from fullrank.core.names import model_fingerprint
+from fullrank.core.plan import RankPlan
+from fullrank.core.rank_rules import LayerSpectrum, ParamRatio
+
+Allocation = Literal["sensitivity", "uniform"]
+
+
+class PlanFamily:
+    """Plans and models of every size between the smallest and the dense one.
+
+    Every layer is decomposed once; a plan then only says how many of its components to keep.
+
+    Parameters
+    ----------
+    model
+        The dense model; it is not changed.
+    stats
+        What its layers saw; with gradients for ``method="gauss_newton"``.
+    method
+        How factors are made; see :func:`~fullrank.compress.decompose`.
+    allocation
+        ``"sensitivity"``: ranks of least predicted loss (losses of ``"gauss_newton"`` are of the
+        model's output and comparable between layers; those of other methods are counted
+        relative to each layer's total). ``"uniform"``: every layer keeps the same share.
+    grid
+        Ranks are multiples of this.
+    include, exclude
+        Name patterns; see :func:`~fullrank.compress.make_plan`.
+
+    Raises
+    ------
+    InputError
+        When no layer saw calibration data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: CalibrationStats,
+        *,
+        method: Method = "gauss_newton",
+        allocation: Allocation = "sensitivity",
+        grid: int = 8,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+    ) -> None:
+        if allocation not in ("sensitivity", "uniform"):
+            raise InputError(f"allocation {allocation!r}; it is 'sensitivity' or 'uniform'")
+        self.model, self.method, self.allocation = model, method, allocation
+        self._modules = factorisable(model, include, exclude)
+        self._solved: dict[str, Decomposition] = {}
+        for name, module in self._modules.items():
+            layer = stats.get(name)
+            # A layer that the model never uses (a pooler) is left out of all accounts.
+            if layer is not None and layer.serves(method):
+                self._solved[name] = decompose(matricise(module).matrix, method, layer)
+        if not self._solved:
+            raise InputError(
+                "none of the model's linear layers saw calibration data"
+                + (", with gradients=True" if method == "gauss_newton" else "")
+            )
+        self._fingerprint = model_fingerprint(model)
+        self._curves = curves_from(self.spectra, grid, relative=method != "gauss_newton")
+
+    @property
+    def spectra(self) -> Mapping[str, LayerSpectrum]:
+        """Square roots of what dropping each component costs, by layer."""
+        return {
+            name: LayerSpectrum(np.sqrt(s.loss.cpu().numpy())[: min(s.weight.shape)], _shape(s))
+            for name, s in self._solved.items()
+        }
+
+    @property
+    def smallest(self) -> float:
+        """Share of the layers' parameters that the smallest plan keeps."""
+        if self.allocation == "uniform":
+            return 0.0
+        dense = sum(curve.steps[-1].size for curve in self._curves.values())
+        return sum(curve.steps[0].size for curve in self._curves.values()) / dense
+
+    def plan(self, keep: float) -> RankPlan:
+        """Return the plan that keeps this share of the layers' parameters, in (0, 1]."""
+        if not 0 < keep <= 1:
+            raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+        if self.allocation == "uniform":
+            rule = ParamRatio(1 / keep)
+            ranks = {n: rule(s.values, *s.shape) for n, s in self.spectra.items()}
+        else:
+            ranks = allocate(self._curves, keep)
+        reason = f"{self.allocation} at {keep:.1%}"
+        return RankPlan(
+            {
+                n: entry_for(_shape(s), ranks[n], self.method, reason)
+                for n, s in self._solved.items()
+            },
+            source="weight" if self.method == "svd" else "activation",
+            fingerprint=self._fingerprint,
+        )
+
+    def build(self, plan: RankPlan) -> nn.Module:
+        """Return a copy of the model, shrunk by a plan of this family."""
+        new: dict[str, LowRankLinear] = {
+            name: factorised_layer(self._modules[name], entry, self._solved[name], "sqrt")
+            for name, entry in plan.items()
+            if entry.rank is not None
+        }
+        model = copy.deepcopy(self.model)
+        replace_modules(model, new)
+        mark(model)
+        return model
+
+
+def _shape(solved: Decomposition) -> tuple[int, int]:
+    m, n = solved.weight.shape
+    return m, n

@@ -1,0 +1,146 @@
+"""Shrunk models in the Hugging Face world: a quantization config that builds factor shapes.
+
+transformers lets a checkpoint say how its layers differ from the architecture's by a
+``quantization_config`` in its ``config.json``. Ours, ``quant_method: "fullrank"``, lists which
+layers are factorised and at which rank; when such a folder is loaded, those layers are built as
+factors before the weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fullrank.core.errors import StoreError
+
+QUANT_METHOD = "fullrank"
+FORMAT = 1
+
+
+def register() -> None:
+    """Make transformers load shrunk models; called by ``import fullrank``, harmless twice."""
+    # Importing transformers' registry below calls this before the classes exist; the last line
+    # of this module then does what is left to do. So this function stands above that import.
+    if "FullrankQuantizer" not in globals():
+        return
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(FullrankConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(FullrankQuantizer)
+
+
+from transformers.quantizers.auto import (  # noqa: E402
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer  # noqa: E402
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
+
+
+class FullrankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which layers of a checkpoint are factorised.
+
+    Parameters
+    ----------
+    layers
+        Module name -> ``{"shape": [out, in], "rank": r, "bias": bool, "method": ..., "error":
+        ...}``.
+    format
+        Version of this record.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        if format > FORMAT:
+            raise StoreError(
+                f"this model was shrunk by a newer fullrank (format {format}, this one reads up "
+                f"to {FORMAT}): upgrade fullrank"
+            )
+        self.format = format
+        self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+
+
+class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the factorised layers when a shrunk checkpoint is loaded."""
+
+    requires_calibration = True
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Shrunk models save like any other."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        from fullrank.compress.factorization import replace_modules
+
+        replace_modules(model, _shells(model, self.quantization_config.layers))
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        # From here on it is an ordinary model: what transformers forbids on quantised weights
+        # (casting, training without adapters) is fine. The config stays, for the next save.
+        model.hf_quantizer = None
+        model.is_quantized = False
+
+    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+        from fullrank.compress.store import to_dense
+
+        return to_dense(model)
+
+
+def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Empty factorised layers for what a config lists, by the names this class has for them."""
+    from fullrank.compress.factorization import shell_for
+    from fullrank.core.names import canonical_name
+
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    # A checkpoint saved with a head names its layers under the base model's prefix; loaded
+    # without the head (or the other way round) they are known without it.
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    shells = {}
+    for name, layer in layers.items():
+        if not {"shape", "rank", "bias"} <= set(layer):
+            raise StoreError(f"config.json does not say how {name} was factorised")
+        forms = (name, name.removeprefix(prefix), prefix + name)
+        found = next((form for form in forms if form in modules), None)
+        if found is None:
+            # Part of a head that this class does not have.
+            continue
+        module = modules[found]
+        m, n = layer["shape"]
+        weight: Any = module.weight
+        if sorted(weight.shape) != sorted((m, n)):
+            raise StoreError(
+                f"the shrunk model lists {name} as {m} x {n}, the architecture has "
+                f"{tuple(weight.shape)}: config.json does not belong to these weights"
+            )
+        shells[found] = shell_for(module, layer)
+    return shells
+
+
+def mark_pretrained(model: nn.Module) -> None:
+    """Write what is factorised into the config of a transformers model, and of those inside."""
+    from transformers import PreTrainedModel
+
+    from fullrank.compress.factorization import describe
+
+    # A model with a head and the base model in it share one config: the outer one's names count.
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            layers = describe(module)
+            if layers:
+                module.config.quantization_config = FullrankConfig(layers)
+            elif hasattr(module.config, "quantization_config"):
+                del module.config.quantization_config
+
+
+register()

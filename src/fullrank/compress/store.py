@@ -1,0 +1,182 @@
+"""Shrunk models on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from fullrank.compress.batches import is_sentence_transformer
+from fullrank.compress.factorization import describe, factorised, mark, replace_modules, shell_for
+from fullrank.core.errors import InputError, StoreError, require
+from fullrank.core.files import atomic_write
+from fullrank.core.names import canonical_name
+
+_PLAIN = "fullrank.json"
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a shrunk model to a folder, whole or not at all.
+
+    A transformers model or a SentenceTransformer is written by its own ``save_pretrained``:
+    after ``import fullrank`` plain ``AutoModel.from_pretrained(folder)`` and
+    ``SentenceTransformer(folder)`` load it, without ``trust_remote_code``. Any other module is
+    written as its tensors and a list of the factorised layers, for :func:`load` to put into a
+    model of the original architecture.
+
+    Raises
+    ------
+    StoreError
+        When ``folder`` exists and is not empty.
+    """
+    target = _new_folder(folder)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        _write(model, part)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def load(folder: str | Path, into: nn.Module | None = None, **kwargs: Any) -> nn.Module:
+    """Load what :func:`save` wrote.
+
+    Parameters
+    ----------
+    folder
+        Of a transformers model, a SentenceTransformer or a plain module.
+    into
+        For a plain module: a model of the original, dense architecture; changed in place.
+    kwargs
+        Passed on to ``from_pretrained`` or ``SentenceTransformer``, e.g. ``dtype``, ``device``.
+
+    Raises
+    ------
+    StoreError
+        When the folder is no model, or is damaged.
+    InputError
+        When a plain module is loaded without ``into``.
+    """
+    path = Path(folder)
+    if (path / _PLAIN).is_file():
+        if into is None:
+            raise InputError(f"{path} holds a plain module; pass the dense model as into=")
+        return _load_plain(path, into)
+    if (path / "modules.json").is_file():
+        library = require("sentence_transformers", extra="hf")
+        model: nn.Module = library.SentenceTransformer(str(path), **kwargs)
+        return model
+    if (path / "config.json").is_file():
+        transformers = require("transformers", extra="hf")
+        config = transformers.AutoConfig.from_pretrained(path)
+        name = (config.architectures or [""])[0]
+        cls = getattr(transformers, name, transformers.AutoModel)
+        loaded: nn.Module = cls.from_pretrained(path, **kwargs)
+        return loaded
+    raise StoreError(f"{path} holds no model: there is no config.json, modules.json or {_PLAIN}")
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Multiply all factors out, in place: the dense architecture, at its full size."""
+    replace_modules(model, {name: layer.to_dense() for name, layer in factorised(model)})
+    mark(model)
+    return model
+
+
+def export_dense(model: nn.Module, folder: str | Path) -> str:
+    """Write a shrunk model for use without fullrank, its factors multiplied out.
+
+    Returns
+    -------
+    str
+        A sentence for the user: such a model has the size and speed of the dense one.
+
+    Raises
+    ------
+    StoreError
+        When ``folder`` exists and is not empty.
+    """
+    _new_folder(folder)
+    layers = [layer for _, layer in factorised(model)]
+    dense = to_dense(copy.deepcopy(model))
+    path = save(dense, folder)
+    kept = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
+    full = sum(layer.in_features * layer.out_features for layer in layers)
+    return (
+        f"{path}: {len(layers)} layers multiplied out. This model loads without fullrank and has "
+        f"the size and speed of the dense one ({full:,} numbers in these layers, not {kept:,})."
+    )
+
+
+def _new_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"{path} exists already; give a new folder")
+    return path
+
+
+def _write(model: nn.Module, folder: Path) -> None:
+    mark(model)
+    writer: Any = getattr(model, "save_pretrained", None)
+    if is_sentence_transformer(model):
+        # Its model card names a temporary folder and fetches nothing we need.
+        writer(str(folder), create_model_card=False)
+    elif writer is not None:
+        writer(str(folder))
+    else:
+        _write_plain(model, folder)
+
+
+def _write_plain(model: nn.Module, folder: Path) -> None:
+    tensors, seen = {}, {}
+    for name, tensor in model.state_dict().items():
+        # safetensors stores no aliases; a shared tensor is stored under its first name.
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen[key] = name
+        tensors[name] = tensor.detach().contiguous()
+    atomic_write(folder / "model.safetensors", safetensors_bytes(tensors))
+    record = {"format": 1, "layers": describe(model)}
+    atomic_write(folder / _PLAIN, json.dumps(record, indent=1).encode())
+
+
+def _load_plain(path: Path, model: nn.Module) -> nn.Module:
+    try:
+        record = json.loads((path / _PLAIN).read_text(encoding="utf-8"))
+        tensors = load_file(path / "model.safetensors")
+        if record["format"] > 1:
+            raise StoreError(f"{path} was written by a newer fullrank: upgrade fullrank")
+        layers = record["layers"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read as a shrunk model: {error}") from error
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    new = {}
+    for name, entry in layers.items():
+        module = modules.get(name)
+        shape = getattr(getattr(module, "weight", None), "shape", ())
+        if module is None or sorted(shape) != sorted(entry["shape"]):
+            raise StoreError(f"{path} holds {name} {entry['shape']}, which the model given has not")
+        new[name] = shell_for(module, entry)
+    replace_modules(model, new)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise StoreError(f"{path} does not fit the model given: {error}") from error
+    aliased = {id(t) for n, t in model.state_dict(keep_vars=True).items() if n in tensors}
+    lost = [n for n in missing if id(model.state_dict(keep_vars=True)[n]) not in aliased]
+    if lost or unexpected:
+        raise StoreError(f"{path} does not fit the model given, e.g. {(lost + unexpected)[0]!r}")
+    return model

@@ -1,0 +1,54 @@
+"""Forward hooks that feed what flows through chosen modules to a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@contextmanager
+def capture(
+    modules: Mapping[str, nn.Module],
+    consume: Callable[[str, Tensor], None],
+    side: Literal["input", "output"] = "input",
+) -> Iterator[None]:
+    """Call ``consume(name, tensor)`` for every forward pass through the given modules.
+
+    Parameters
+    ----------
+    modules
+        Name -> module to watch.
+    consume
+        Receives the name and the module's first input or its (first) output, detached. An
+        exception in it stops the forward pass.
+    side
+        ``"input"`` or ``"output"``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer, seen = torch.nn.Linear(3, 2), []
+    >>> with capture({"fc": layer}, lambda name, x: seen.append((name, tuple(x.shape)))):
+    ...     _ = layer(torch.zeros(5, 3))
+    >>> seen
+    [('fc', (5, 3))]
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        def run(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            value = args[0] if side == "input" else output
+            value = value[0] if isinstance(value, tuple) else value
+            consume(name, value.detach())
+
+        return run
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,122 @@
+"""Streaming first and second moments: any number of batches in constant memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+
+
+class Moments:
+    """Count, sum and second moment ``sum x x^T`` of vectors seen in batches, in float64.
+
+    Sums do not depend on how the samples were cut into batches, up to float64 rounding.
+
+    Parameters
+    ----------
+    width
+        Length d of each vector.
+    device
+        Where the (d, d) sums live; the CPU by default. Batches are moved there.
+
+    Examples
+    --------
+    >>> moments = Moments(2)
+    >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+    >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
+    (2, [2.0, 1.0], [[1.0, 1.0], [1.0, 1.0]])
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        if width < 1:
+            raise InputError(f"vectors of width {width}; it must be at least 1")
+        self.count = 0
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    @property
+    def width(self) -> int:
+        """Length of each vector."""
+        return self.sum.numel()
+
+    @torch.no_grad()
+    def update(self, batch: Tensor, mask: Tensor | None = None) -> None:
+        """Add samples: ``(..., d)``; ``mask`` of the leading shape, False where to leave out.
+
+        Raises
+        ------
+        InputError
+            On another width, integers, or values that are not finite (nothing is added then).
+        """
+        if batch.shape[-1] != self.width:
+            raise InputError(f"vectors of width {batch.shape[-1]}; these moments are {self.width}")
+        if not batch.is_floating_point():
+            raise InputError(f"moments are taken of floating-point values, not {batch.dtype}")
+        rows = batch.reshape(-1, self.width)
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
+        x = rows.to(device=self.sum.device, dtype=torch.float64)
+        total = x.sum(0)
+        # One value that is not finite makes its column's sum so: no need to look at them all.
+        if not torch.isfinite(total).all():
+            raise InputError("a batch holds NaN or infinite values; the moments are unchanged")
+        self.count += x.shape[0]
+        self.sum += total
+        self.second.addmm_(x.T, x)
+
+    def merge(self, other: Moments) -> None:
+        """Add what another instance has seen, e.g. on another shard."""
+        if other.width != self.width:
+            raise InputError(f"cannot merge moments of widths {self.width} and {other.width}")
+        self.count += other.count
+        self.sum += other.sum.to(self.sum.device)
+        self.second += other.second.to(self.second.device)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Sum over all processes of a ``torch.distributed`` group, in place."""
+        count = torch.tensor(self.count, dtype=torch.int64, device=self.sum.device)
+        for tensor in (count, self.sum, self.second):
+            torch.distributed.all_reduce(tensor, group=group)
+        self.count = int(count)
+
+    def _check_seen(self) -> None:
+        if self.count == 0:
+            raise InputError("no samples were seen; update() with at least one batch first")
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,) mean."""
+        self._check_seen()
+        return self.sum / self.count
+
+    @property
+    def second_moment(self) -> Tensor:
+        """(d, d) uncentred second moment, divided by the count."""
+        self._check_seen()
+        return (self.second + self.second.T) / (2 * self.count)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d) covariance, divided by the count (not count - 1), symmetric."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return plain tensors, fit for safetensors."""
+        return {
+            "count": torch.tensor(self.count),
+            "sum": self.sum.clone(),
+            "second": self.second.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        if state["sum"].shape != self.sum.shape:
+            raise InputError(
+                f"the state is of width {state['sum'].numel()}, these moments are {self.width}"
+            )
+        self.count = int(state["count"])
+        self.sum.copy_(state["sum"])
+        self.second.copy_(state["second"])

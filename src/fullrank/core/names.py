@@ -1,0 +1,69 @@
+"""One name for a module, whatever wraps the model it is in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+# What wrappers put in front of, or inside, the names of the model they wrap.
+_INSIDE = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_PREFIX = re.compile(
+    r"^(?:module\."  # DDP
+    r"|base_model\.model\."  # PEFT
+    r"|\d+\.(?:auto_model|model)\.)"  # SentenceTransformer, whose first module holds the model
+)
+# PEFT keeps the wrapped layer as `base_layer` beside its own parameters.
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
+
+
+def canonical_name(name: str) -> str:
+    """Strip what SentenceTransformer, PEFT, DDP, FSDP and ``torch.compile`` add to a name.
+
+    >>> canonical_name("module._orig_mod.0.auto_model.encoder.layer.3.output.dense")
+    'encoder.layer.3.output.dense'
+    >>> canonical_name("base_model.model.lm.q_proj.base_layer.weight")
+    'lm.q_proj.weight'
+    """
+    stripped = _BASE_LAYER.sub("", _INSIDE.sub("", name))
+    while (shorter := _PREFIX.sub("", stripped)) != stripped:
+        stripped = shorter
+    return stripped
+
+
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(canonical name, module)`` of every Linear-like layer, tied layers once.
+
+    Linear-like is ``nn.Linear`` and transformers' ``Conv1D`` (whose weight is transposed).
+    """
+    from torch import nn
+
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            weight = module.weight
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield canonical_name(name), module
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits that tell one architecture from another.
+
+    Names and shapes of the parameters count, values do not: what was measured on a model may be
+    applied to its fine-tuned sister, never to a model of another shape.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(
+        (canonical_name(name), tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+    ):
+        digest.update(f"{name}{parameter}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,407 @@
+"""Subspaces of a gradient: where a stateful update runs, and how it gets there and back.
+
+A :class:`Subspace` belongs to one weight matrix. ``down`` takes an ``(m, n)`` gradient to the
+small array that the inner update works on, ``up`` adds the small array's image to an ``(m, n)``
+array, ``fit`` chooses the next subspace. What it holds are plain tensors (``state``), which the
+optimizer keeps in its own ``state`` and saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, Self, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+
+Side = Literal["left", "right", "full"]
+ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+MomentPolicy = Literal["keep", "reset", "rotate"]
+
+ENERGY = 0.999
+"""Share of the exact SVD's captured energy that a cheaper basis must keep."""
+
+# One power step whose gain is this small has converged. A slow tail, where singular values
+# inside and outside the subspace are nearly equal, can miss several times what the last step
+# gained; on gradients of small language models the ratio stayed below 2, so this leaves a margin
+# of five below 1 - ENERGY.
+_CONVERGED_GAIN = 1e-4
+
+
+def side_of(proj_type: ProjType, shape: tuple[int, int]) -> Side:
+    """Which side of an ``(m, n)`` gradient is projected.
+
+    ``"std"`` compresses the short side (square matrices: right), ``"reverse_std"`` the long one.
+
+    >>> side_of("std", (1376, 512)), side_of("std", (512, 1376)), side_of("reverse_std", (8, 8))
+    ('right', 'left', 'left')
+    """
+    m, n = shape
+    if proj_type == "std":
+        return "right" if m >= n else "left"
+    if proj_type == "reverse_std":
+        return "left" if m >= n else "right"
+    if proj_type not in get_args(ProjType):
+        raise InputError(f"unknown proj_type {proj_type!r}; it is one of {get_args(ProjType)}")
+    return proj_type
+
+
+@runtime_checkable
+class Subspace(Protocol):
+    """Where one matrix's stateful update runs."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What defines the subspace, as plain tensors under the names they are saved by."""
+        ...
+
+    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors in :attr:`state` for an ``(m, n)`` matrix."""
+        ...
+
+    def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of ``down(G)`` for a gradient ``G`` of the given ``(m, n)``."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> Self:
+        """Return the subspace of this kind that ``state`` defines, sharing its tensors."""
+        ...
+
+    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
+        """Choose the next subspace from the current weight and gradient."""
+        ...
+
+    def down(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """Take a gradient into the subspace; into ``out`` if given, whose dtype then counts."""
+        ...
+
+    def up(
+        self, small: Tensor, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor:
+        """Return ``beta * out + alpha * up(small)``, in place when ``out`` is given."""
+        ...
+
+    def transport(self, old: Self, moments: Sequence[Tensor], policy: MomentPolicy) -> None:
+        """Carry first moments, in place, from the subspace ``old`` to this one."""
+        ...
+
+
+class Identity:
+    """The whole space: the small array is the gradient itself. It has no state.
+
+    >>> Identity().down(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Nothing."""
+        return {}
+
+    def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of the matrix."""
+        return shape
+
+    def restore(self, state: dict[str, Tensor]) -> Self:
+        """Return itself."""
+        return self
+
+    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
+        """Return itself."""
+        return self
+
+    def down(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the gradient, or ``out`` filled with it."""
+        return grad if out is None else out.copy_(grad)
+
+    def up(
+        self, small: Tensor, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor:
+        """Return ``beta * out + alpha * small``."""
+        if out is None:
+            return small * alpha
+        if beta != 1.0:
+            out.mul_(beta)
+        return out.add_(small, alpha=alpha)
+
+    def transport(self, old: Self, moments: Sequence[Tensor], policy: MomentPolicy) -> None:
+        """Do nothing."""
+
+
+class Projection:
+    """A subspace given by orthonormal bases of one side of the matrix, or of both.
+
+    ``right``: ``P`` is ``(r, n)`` with orthonormal rows and ``down(G) = G P^T``; ``left``: ``P`` is
+    ``(m, r)`` with orthonormal columns and ``down(G) = P^T G``; ``full``: ``P_left^T G P_right^T``.
+    Subclasses say how the bases are chosen.
+
+    Parameters
+    ----------
+    rank
+        Dimension r, at most the length of each projected side.
+    side
+        ``"left"``, ``"right"`` or ``"full"``; see :func:`side_of`.
+    left, right
+        The bases; absent until :meth:`fit` or :meth:`restore`.
+    """
+
+    def __init__(
+        self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
+    ) -> None:
+        if rank < 1:
+            raise InputError(f"a subspace of rank {rank}; the rank must be at least 1")
+        self.rank = rank
+        self.side: Side = side
+        self.left = left
+        self.right = right
+        # `fit` may have projected its gradient already: (that gradient, the result).
+        self._ready: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the bases are there."""
+        return self.left is not None or self.right is not None
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The bases: ``basis_left`` and, or, ``basis_right``. The name says the side."""
+        named = {"basis_left": self.left, "basis_right": self.right}
+        return {name: basis for name, basis in named.items() if basis is not None}
+
+    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the bases for an ``(m, n)`` matrix."""
+        m, n = shape
+        every = {"basis_left": (m, self.rank), "basis_right": (self.rank, n)}
+        return every if self.side == "full" else {f"basis_{self.side}": every[f"basis_{self.side}"]}
+
+    def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """``(m, r)`` on the right, ``(r, n)`` on the left, ``(r, r)`` on both."""
+        m, n = shape
+        return (
+            self.rank if self.side in ("left", "full") else m,
+            self.rank if self.side in ("right", "full") else n,
+        )
+
+    def restore(self, state: dict[str, Tensor]) -> Self:
+        """Return the projection with the bases in ``state``."""
+        return self._with(state.get("basis_left"), state.get("basis_right"))
+
+    def _with(self, left: Tensor | None, right: Tensor | None) -> Self:
+        return type(self)(self.rank, self.side, left, right)
+
+    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
+        """Choose bases for the current gradient."""
+        raise NotImplementedError
+
+    def down(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project a gradient (see the class)."""
+        if self._ready is not None:
+            source, small = self._ready
+            self._ready = None
+            if source is grad:
+                return small if out is None else out.copy_(small)
+        left, right = self._bases()
+        if out is not None and out.dtype != grad.dtype:
+            return out.copy_(self.down(grad))
+        if left is None:
+            assert right is not None
+            return torch.mm(grad, right.t(), out=out)
+        if right is None:
+            return torch.mm(left.t(), grad, out=out)
+        return torch.mm(left.t() @ grad, right.t(), out=out)
+
+    def up(
+        self, small: Tensor, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    ) -> Tensor:
+        """Return ``beta * out + alpha * back(small)``; one GEMM and no full-size temporary."""
+        left, right = self._bases()
+        basis = left if left is not None else right
+        assert basis is not None
+        # Half-precision bases meet moments in float32: the GEMM runs in the weights' dtype.
+        small = small.to(basis.dtype)
+        if left is None:
+            assert right is not None
+            first, second = small, right
+        elif right is None:
+            first, second = left, small
+        else:
+            first, second = left @ small, right
+        if out is None:
+            return torch.mm(first, second).mul_(alpha)
+        if out.dtype != basis.dtype:
+            return out.mul_(beta).add_(torch.mm(first, second), alpha=alpha)
+        return out.addmm_(first, second, beta=beta, alpha=alpha)
+
+    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.fitted:
+            raise InputError("this subspace has no basis yet: call fit(weight, grad) first")
+        return self.left, self.right
+
+    def align(self, old: Self) -> None:
+        """Flip basis vectors so that ``diag(P_new P_old^T) >= 0``.
+
+        Singular vectors have no sign of their own, but moments that are kept do.
+        """
+        left, right = self._signs(old)
+        if left is not None and self.left is not None:
+            self.left.mul_(left)
+        if right is not None and self.right is not None:
+            self.right.mul_(right.unsqueeze(1))
+        if self._ready is not None:
+            small = self._ready[1]
+            if left is not None:
+                small.mul_(left.unsqueeze(1))
+            if right is not None:
+                small.mul_(right)
+
+    def _signs(self, old: Self) -> tuple[Tensor | None, Tensor | None]:
+        def signs(new: Tensor | None, before: Tensor | None, dim: int) -> Tensor | None:
+            if new is None or before is None:
+                return None
+            agreement = (new * before.to(new.dtype)).sum(dim)
+            return torch.where(agreement < 0, -1.0, 1.0).to(new.dtype)
+
+        return signs(self.left, old.left, 0), signs(self.right, old.right, 1)
+
+    def transport(self, old: Self, moments: Sequence[Tensor], policy: MomentPolicy) -> None:
+        """``rotate`` re-expresses first moments in the new bases, ``reset`` zeroes them.
+
+        ``keep`` reads them in the new bases as they are, as the GaLore paper does.
+        """
+        if policy == "keep":
+            return
+        for moment in moments:
+            if policy == "reset":
+                moment.zero_()
+                continue
+            turned = moment
+            if self.left is not None and old.left is not None:
+                turn = self.left.to(moment.dtype).t() @ old.left.to(moment.dtype)
+                turned = turn @ turned
+            if self.right is not None and old.right is not None:
+                turn = self.right.to(moment.dtype) @ old.right.to(moment.dtype).t()
+                turned = turned @ turn.t()
+            moment.copy_(turned)
+
+
+def _floats(grad: Tensor) -> Tensor:
+    """Factorisations run in float32 at least, in float64 when the gradient is."""
+    return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+
+
+def leading_bases(grad: Tensor, rank: int, side: Side) -> tuple[Tensor | None, Tensor | None]:
+    """Leading ``rank`` singular vectors of a matrix, of the side or sides asked for.
+
+    Returns
+    -------
+    tuple
+        ``(m, r)`` left basis or None, ``(r, n)`` right basis or None. Fresh memory: no view keeps
+        the whole factor alive.
+    """
+    U, _, Vh = torch.linalg.svd(_floats(grad), full_matrices=False)
+    left = U[:, :rank].clone(memory_format=torch.contiguous_format)
+    right = Vh[:rank].clone(memory_format=torch.contiguous_format)
+    return (left if side != "right" else None), (right if side != "left" else None)
+
+
+class SVDSubspace(Projection):
+    """Leading singular vectors of the current gradient (GaLore, Fira, FRUGAL ``svd``).
+
+    Examples
+    --------
+    >>> G = torch.outer(torch.arange(1.0, 4.0), torch.tensor([3.0, 4.0]))
+    >>> subspace = SVDSubspace(1, "right").fit(torch.zeros(3, 2), G)
+    >>> torch.allclose(subspace.up(subspace.down(G)), G)
+    True
+    """
+
+    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
+        """Take the exact leading singular vectors."""
+        return self._with(*(_as(b, grad) for b in leading_bases(grad, self.rank, self.side)))
+
+
+class IterativeSubspace(Projection):
+    """Leading singular vectors by one power step from the old basis.
+
+    A gradient that turned slowly since the last fit needs no SVD: one step of block power
+    iteration from the old basis captures what the SVD would. How much that step gained tells
+    whether it was enough; where it was not, and at the first fit, the exact SVD is taken, so
+    that at least 99.9 % of its energy is captured either way. ``exact`` says which it was.
+    """
+
+    def __init__(
+        self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
+    ) -> None:
+        super().__init__(rank, side, left, right)
+        self.exact = False
+
+    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
+        """Take a power step, or the SVD where that is not enough."""
+        return self.fit_many([self], [grad])[0]
+
+    @classmethod
+    def fit_many(cls, subspaces: Sequence[Self], grads: Sequence[Tensor]) -> list[Self]:
+        """Fit several at once, reading what decides from the device in one go."""
+        found: list[Self | None] = []
+        gains: list[Tensor] = []
+        for subspace, grad in zip(subspaces, grads, strict=True):
+            if not subspace.fitted:
+                found.append(None)
+                continue
+            stepped, gain = subspace._power_step(grad)
+            found.append(stepped)
+            gains.append(gain)
+        enough = iter((torch.stack(gains) <= _CONVERGED_GAIN).tolist() if gains else ())
+        return [
+            stepped if stepped is not None and next(enough) else subspace._exactly(grad)
+            for subspace, stepped, grad in zip(subspaces, found, grads, strict=True)
+        ]
+
+    def _exactly(self, grad: Tensor) -> Self:
+        fitted = self._with(*(_as(b, grad) for b in leading_bases(grad, self.rank, self.side)))
+        fitted.exact = True
+        return fitted
+
+    def _power_step(self, grad: Tensor) -> tuple[Self, Tensor]:
+        G = _floats(grad)
+        left = None if self.left is None else self.left.to(G.dtype)
+        right = None if self.right is None else self.right.to(G.dtype)
+        if left is not None and right is not None:
+            before = torch.mm(left.t() @ G, right.t()).square().sum()
+            left = _orthonormal(G @ right.t())
+            right = _orthonormal((left.t() @ G).t()).t()
+            small = torch.mm(left.t() @ G, right.t())
+        elif right is not None:
+            small = G @ right.t()
+            before = _energy(small)
+            right = _orthonormal((small.t() @ G).t()).t()
+            small = G @ right.t()
+        else:
+            assert left is not None
+            small = left.t() @ G
+            before = _energy(small)
+            left = _orthonormal(G @ small.t())
+            small = left.t() @ G
+        after = _energy(small)
+        stepped = self._with(_as(left, grad), _as(right, grad))
+        if G is grad:
+            stepped._ready = (grad, small)
+        return stepped, (after - before) / after
+
+
+def _energy(small: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(small).square()
+
+
+def _as(basis: Tensor | None, grad: Tensor) -> Tensor | None:
+    return None if basis is None else basis.to(grad.dtype).contiguous()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns)[0]

@@ -1,0 +1,109 @@
+"""`fullrank shrink`: reading of floors, a plan by share, bad input."""
+
+import json
+import random
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from fullrank.cli.shrink import Floor, parse_floor, shrink
+from fullrank.compress import LowRankLinear, RankPlan
+from fullrank.core.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+        )
+    ).save_pretrained(folder / "bert")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    inner = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(folder / "st"))
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(100)]
+    (folder / "texts.txt").write_text("\n".join(texts))
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(shrink)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_floors_are_read():
+    assert parse_floor("nDCG@10>=97%") == Floor("nDCG@10", 0.97, True)
+    assert parse_floor(" R@100 >= 0.42 ") == Floor("R@100", 0.42, False)
+    for bad in ("nDCG@10", "nDCG@10>97%", "nDCG@10>=97.%", "nDCG@10>=120%", ">=0.4", "RR>=42"):
+        with pytest.raises(InputError, match="floor"):
+            parse_floor(bad)
+
+
+def test_a_share_then_its_plan(encoder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    texts = encoder / "texts.txt"
+    first = run(
+        encoder / "st", "--out", tmp_path / "a", "--keep", 0.6, "--calibrate", texts, "--no-recover"
+    )
+    assert first.exit_code == 0, first.output
+    plan = RankPlan.load(tmp_path / "a" / "plan.json")
+    assert plan.savings().kept <= 0.6
+    model = SentenceTransformer(str(tmp_path / "a"), device="cpu")
+    layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
+    assert len(layers) == sum(e.rank is not None for e in plan.values()) > 0
+    second = run(
+        encoder / "st", "--out", tmp_path / "b", "--plan", tmp_path / "a" / "plan.json",
+        "--calibrate", encoder / "texts.jsonl", "--no-recover",
+    )  # fmt: skip
+    assert second.exit_code == 0, second.output
+    other = SentenceTransformer(str(tmp_path / "b"), device="cpu")
+    found, wanted = (m.encode("a b c", convert_to_tensor=True) for m in (other, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --floor"),
+        (["--keep", 0.5, "--floor", "RR>=90%"], "give one of --floor"),
+        (["--floor", "RR>=90%"], "pass --data"),
+        (["--keep", 1.5], "--keep 1.5"),
+        (["--keep", 0.5], "needs texts"),
+        (["--keep", 0.5, "--calibrate", "texts.pdf"], "come as .txt or .jsonl"),
+        (["--keep", 0.5, "--calibrate", "absent.txt"], "cannot be read"),
+        (["--keep", 0.5, "--data", "nowhere"], "data 'nowhere'"),
+        (["--plan", "absent.json", "--calibrate", "{texts}"], "no plan at"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(encoder, tmp_path, arguments, message):
+    texts = encoder / "texts.txt"
+    given = [str(a).replace("{texts}", str(texts)) for a in arguments]
+    result = run(encoder / "st", "--out", tmp_path / "out", *given)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(encoder):
+    result = run(encoder / "st", "--out", encoder, "--keep", 0.5)
+    assert "exists already" in str(result.exception)

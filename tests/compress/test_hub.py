@@ -1,0 +1,238 @@
+"""Shrunk transformers and sentence-transformers models load where the dense ones did."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fullrank.compress import (
+    Fixed,
+    LoRDConfig,
+    LowRankLinear,
+    RankPlan,
+    export_dense,
+    factorize,
+    load,
+    lord_compress,
+    make_plan,
+    report,
+    save,
+)
+from fullrank.core.errors import StoreError
+from fullrank.core.plan import PlanEntry
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def bert(cls=None):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    return (cls or transformers.BertModel)(config).eval()
+
+
+def shrunk(model, rank=6):
+    return factorize(model, make_plan(model, Fixed(rank)), progress=False)
+
+
+def ids():
+    return torch.arange(5, 17).reshape(2, 6)
+
+
+def sentence_model(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    bert().save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    inner = Transformer(str(tmp_path / "bert"))
+    return SentenceTransformer(modules=[inner, Pooling(32)], device="cpu")
+
+
+def in_a_new_process(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+LOAD_BOTH = """
+import sys
+import fullrank
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+from safetensors.torch import load_file
+import torch
+folder, wanted, other = sys.argv[1:]
+wanted = load_file(wanted)
+model = AutoModel.from_pretrained(folder)
+state = model.state_dict()
+assert any(k.endswith(".first") for k in state), "nothing is factorised"
+for key, value in wanted.items():
+    if key != "embeddings!":
+        assert torch.equal(state[key], value), key
+st = SentenceTransformer(folder, device="cpu")
+found = st.encode(["a b c", "d e f g h"], convert_to_tensor=True)
+assert torch.equal(found, wanted["embeddings!"])
+st.save_pretrained(other)
+again = SentenceTransformer(other, device="cpu").encode(["a b c"], convert_to_tensor=True)
+assert torch.allclose(again[0], found[0], atol=1e-6)
+print("equal")
+"""
+
+
+def test_plain_loading_is_bit_equal_in_a_new_process(tmp_path):
+    from safetensors.torch import save_file
+
+    model = sentence_model(tmp_path)
+    texts = ["a b c d", "e f g", "h i j k l m", "n o p q r s t u", "v w x y z"] * 8
+    lord_compress(model, texts, LoRDConfig(budget=0.6), progress=False)
+    wanted = {k: v.clone() for k, v in model[0].auto_model.state_dict().items()}
+    wanted["embeddings!"] = model.encode(["a b c", "d e f g h"], convert_to_tensor=True)
+    save_file(wanted, tmp_path / "wanted.safetensors")
+    folder = save(model, tmp_path / "small")
+    assert not list(folder.rglob("*.bin"))
+    assert not list(folder.rglob("*.py"))
+    arguments = (folder, tmp_path / "wanted.safetensors", tmp_path / "again")
+    assert "equal" in in_a_new_process(LOAD_BOTH, *arguments)
+
+
+def test_load_finds_the_class_and_the_report_survives(tmp_path):
+    model = shrunk(bert(transformers.BertForMaskedLM))
+    loaded = load(save(model, tmp_path / "mlm"))
+    assert type(loaded) is transformers.BertForMaskedLM
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+    assert report(loaded).rows == report(model).rows
+    # Without the head the names lose their prefix.
+    base = transformers.AutoModel.from_pretrained(tmp_path / "mlm")
+    assert isinstance(base.encoder.layer[0].output.dense, LowRankLinear)
+    wanted = model.bert(ids()).last_hidden_state
+    assert torch.equal(base(ids()).last_hidden_state, wanted)
+
+
+def test_a_base_model_loads_into_a_class_with_a_head(tmp_path):
+    model = shrunk(bert())
+    folder = save(model, tmp_path / "base")
+    head = transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    found = head.bert(ids()).last_hidden_state
+    assert torch.equal(found, model(ids()).last_hidden_state)
+
+
+def test_dtype_and_device_map_and_saving_again(tmp_path):
+    model = shrunk(bert())
+    folder = save(model, tmp_path / "small")
+    half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    layer = half.encoder.layer[1].intermediate.dense
+    assert layer.first.dtype == layer.second.dtype == layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.first, model.encoder.layer[1].intermediate.dense.first.bfloat16())
+    pytest.importorskip("accelerate")
+    for device_map in ("cpu", "auto"):
+        mapped = transformers.AutoModel.from_pretrained(folder, device_map=device_map)
+        out = mapped(ids()).last_hidden_state
+        assert torch.equal(out.cpu(), model(ids()).last_hidden_state)
+    mapped.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids()).last_hidden_state, model(ids()).last_hidden_state)
+    again.double().train()  # nothing of what is forbidden on quantised weights
+    assert again.encoder.layer[0].output.dense.first.requires_grad
+
+
+def test_a_causal_model_with_conv1d_layers_generates(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batches = [{"input_ids": torch.randint(0, 50, (8, 16))} for _ in range(4)]
+    dense = copy.deepcopy(model)
+    config = LoRDConfig(ranks={"*.c_attn": 8, "*.c_fc": 8})
+    lord_compress(model, batches, config, progress=False)
+    assert isinstance(model.transformer.h[0].attn.c_attn, LowRankLinear)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    loaded = load(save(model, tmp_path / "gpt"))
+    prompt = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(prompt).logits, model(prompt).logits)
+    assert loaded.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 7)
+    assert not torch.equal(dense(prompt).logits, model(prompt).logits)
+
+
+def test_full_rank_output_pca_is_the_layer_and_conv1d_is_transposed():
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    layer = transformers.GPT2LMHeadModel(config).transformer.h[0].mlp.c_fc
+    wrapped = nn.Sequential(layer)
+    x = torch.randn(400, 32)
+    plan = RankPlan({"0": PlanEntry((128, 32), 25, "output_pca")})
+    before = layer(x)
+    factorize(wrapped, plan, [x], progress=False)
+    assert wrapped[0].weight.shape == (32, 128)
+    error = (wrapped[0](x) - before).square().sum() / (before - before.mean(0)).square().sum()
+    assert float(error) == pytest.approx(wrapped[0].error, rel=1e-3)
+    assert wrapped[0].error < 0.2
+
+
+WITHOUT = """
+import sys
+from transformers import AutoModel
+import torch
+model = AutoModel.from_pretrained(sys.argv[1])
+assert "fullrank" not in sys.modules
+assert isinstance(model.encoder.layer[0].output.dense, torch.nn.Linear)
+"""
+
+
+def test_dense_export_needs_no_fullrank_and_says_its_size(tmp_path):
+    model = shrunk(bert())
+    said = export_dense(model, tmp_path / "dense")
+    assert "size and speed of the dense one" in said
+    assert isinstance(model.encoder.layer[0].output.dense, LowRankLinear)
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    in_a_new_process(WITHOUT, tmp_path / "dense")
+    dense = transformers.AutoModel.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(
+        dense(ids()).last_hidden_state, model(ids()).last_hidden_state, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(StoreError, match="exists already"):
+        export_dense(model, tmp_path / "dense")
+
+
+def test_newer_and_foreign_folders_are_named(tmp_path):
+    folder = save(shrunk(bert()), tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    quantization["format"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreError, match="newer fullrank"):
+        transformers.AutoModel.from_pretrained(folder)
+    quantization["format"] = 1
+    quantization["layers"]["encoder.layer.0.output.dense"]["shape"] = [3, 4]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreError, match="does not belong"):
+        transformers.AutoModel.from_pretrained(folder)
+
+
+def test_importing_in_either_order_registers():
+    check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; m['fullrank']"
+    for first in (
+        "import fullrank",
+        "import transformers, fullrank",
+        "import fullrank.compress.hub",
+    ):
+        in_a_new_process(f"{first}\n{check}")
+    in_a_new_process("import fullrank, fullrank.compress, sys; assert 'torch' not in sys.modules")
