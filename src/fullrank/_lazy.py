@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -19,8 +20,20 @@ def lazy_exports(
         ``__name__`` of the package.
     exports
         Public name -> the submodule that defines it, relative to the package (``"run"``), or
-        ``""`` when the name *is* a submodule.
+        ``""`` when the name *is* a submodule. A name may be spelled like the submodule that
+        defines it (``{"capture": "capture"}``); it then always means what is defined there.
     """
+    shadowed = {name for name, home in exports.items() if home == name}
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Whoever imports a submodule first makes Python bind the module under its name.
+            if name in shadowed and isinstance(value, ModuleType):
+                value = getattr(value, name)
+            super().__setattr__(name, value)
+
+    if shadowed:
+        sys.modules[package].__class__ = Package
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name not in exports:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fullrank.core.names import canonical_name as canonical_name
     from fullrank.core.names import model_fingerprint as model_fingerprint
     from fullrank.core.names import named_linears as named_linears
+    from fullrank.core.observe import observe_stages as observe_stages
     from fullrank.core.plan import PlanEntry as PlanEntry
     from fullrank.core.plan import RankPlan as RankPlan
     from fullrank.core.plan import Savings as Savings
@@ -57,6 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Moments": "moments",
         "atomic_write": "files",
         "capture": "capture",
+        "observe_stages": "observe",
         "progress": "progress",
         "Table": "table",
     },

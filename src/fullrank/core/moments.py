@@ -51,12 +51,19 @@ class Moments:
         InputError
             On another width, integers, or values that are not finite (nothing is added then).
         """
-        if batch.shape[-1] != self.width:
-            raise InputError(f"vectors of width {batch.shape[-1]}; these moments are {self.width}")
+        if batch.dim() == 0 or batch.shape[-1] != self.width:
+            raise InputError(
+                f"a batch of shape {tuple(batch.shape)}; these moments are of width {self.width}"
+            )
         if not batch.is_floating_point():
             raise InputError(f"moments are taken of floating-point values, not {batch.dtype}")
         rows = batch.reshape(-1, self.width)
         if mask is not None:
+            if mask.shape != batch.shape[:-1]:
+                raise InputError(
+                    f"a mask of shape {tuple(mask.shape)} for a batch of {tuple(batch.shape)}; "
+                    "one value a vector is expected"
+                )
             rows = rows[mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
         x = rows.to(device=self.sum.device, dtype=torch.float64)
         total = x.sum(0)

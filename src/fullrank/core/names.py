@@ -18,7 +18,7 @@ _INSIDE = re.compile(
 _PREFIX = re.compile(
     r"^(?:module\."  # DDP
     r"|base_model\.model\."  # PEFT
-    r"|\d+\.(?:auto_model|model)\.)"  # SentenceTransformer, whose first module holds the model
+    r"|0\.(?:auto_model|model)\.)"  # SentenceTransformer, whose first module holds the model
 )
 # PEFT keeps the wrapped layer as `base_layer` beside its own parameters.
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -59,7 +61,17 @@ class PlanEntry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        m, n = self.shape
+        # NumPy's integers are welcome, and become what JSON can hold.
+        try:
+            m, n = (index(size) for size in self.shape)
+            rank = None if self.rank is None else index(self.rank)
+        except (TypeError, ValueError):
+            raise PlanError(
+                f"shape {self.shape!r} and rank {self.rank!r}; (out, in) and an integer or None "
+                "are expected"
+            ) from None
+        object.__setattr__(self, "shape", (m, n))
+        object.__setattr__(self, "rank", rank)
         if m < 1 or n < 1:
             raise PlanError(f"shape {self.shape} is not that of a matrix")
         if self.rank is not None and not 1 <= self.rank <= min(m, n):
@@ -162,7 +174,8 @@ class RankPlan(Mapping[str, PlanEntry]):
         return self._as_dict() == other._as_dict()
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        # Equal plans may list their entries in different orders.
+        return hash(json.dumps(self._as_dict(), sort_keys=True))
 
     def __repr__(self) -> str:
         planned = sum(entry.rank is not None for entry in self.values())
@@ -212,8 +225,8 @@ class RankPlan(Mapping[str, PlanEntry]):
 
         A matrix too small for any factorisation to save (break-even 0) is left alone.
         """
-        if not factor > 0:
-            raise InputError(f"a plan is scaled by a positive factor, not {factor}")
+        if not 0 < factor < math.inf:
+            raise InputError(f"a plan is scaled by a positive, finite factor, not {factor}")
 
         def scaled(_: str, entry: PlanEntry) -> PlanEntry:
             if entry.rank is None:
@@ -294,8 +307,15 @@ class RankPlan(Mapping[str, PlanEntry]):
             if module is None:
                 raise PlanError(f"the model has no module {name!r}, which the plan names")
             weight = getattr(module, "weight", None)
-            if weight is None or weight.numel() != entry.dense_size:
-                shape = None if weight is None else tuple(weight.shape)
+            shape = None if weight is None else tuple(weight.shape)
+            if shape is not None and type(module).__name__ == "Conv1D":
+                shape = shape[::-1]
+            # How a convolution is read as a matrix is its scheme's business; the size must agree.
+            if (
+                shape is None
+                or (len(shape) == 2 and shape != entry.shape)
+                or math.prod(shape) != entry.dense_size
+            ):
                 raise PlanError(f"{name}: the plan is for {entry.shape}, the model has {shape}")
             if entry.rank is not None:
                 targets[name] = module
@@ -356,4 +376,7 @@ class RankPlan(Mapping[str, PlanEntry]):
     @classmethod
     def load(cls, path: str | Path) -> RankPlan:
         """Read a plan from a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not a rank plan: {error}") from error

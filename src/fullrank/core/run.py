@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fullrank.core.corpus import check_id
 from fullrank.core.errors import InputError, require
 from fullrank.core.files import atomic_write
 
@@ -50,11 +51,14 @@ def strictly_decreasing(scores: Scores) -> Scores:
     """
     with np.errstate(over="ignore"):
         out = scores.astype(np.float32)
-    np.clip(out, np.finfo(np.float32).min / 2, np.finfo(np.float32).max / 2, out=out)
+    limits = np.finfo(np.float32)
+    np.clip(out, limits.min / 2, limits.max / 2, out=out)
+    # Denormal numbers are all zero to a process that flushes them, so none may be left.
+    out[np.abs(out) < limits.tiny] = 0.0
     for i in np.flatnonzero(out[1:] >= out[:-1]) + 1:
         j = i
         while j < len(out) and out[j] >= out[j - 1]:
-            out[j] = np.nextafter(out[j - 1], np.float32(-np.inf))
+            out[j] = min(np.nextafter(out[j - 1], np.float32(-np.inf)), out[j - 1] - limits.tiny)
             j += 1
     return out.astype(np.float64)
 
@@ -62,9 +66,19 @@ def strictly_decreasing(scores: Scores) -> Scores:
 def _ranking(query: str, ids: Iterable[str], scores: Iterable[float], ordered: bool) -> Ranking:
     """Check one query's answer and put it in order."""
     id_list = list(ids)
+    for identifier in (query, *id_list):
+        if not isinstance(identifier, str):
+            raise InputError(
+                f"query {query!r}: the id {identifier!r} is a {type(identifier).__name__}; "
+                "ids are strings"
+            )
     columns = np.empty(len(id_list), dtype=object)
     columns[:] = id_list
-    values = np.asarray(scores if isinstance(scores, np.ndarray) else list(scores), np.float64)
+    # A copy: what is frozen below must not be the caller's own array.
+    try:
+        values = np.array(scores if isinstance(scores, np.ndarray) else list(scores), np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"query {query!r}: its scores are not numbers: {error}") from None
     if values.shape != columns.shape:
         raise InputError(f"query {query!r}: {len(columns)} items but {values.size} scores")
     if not np.isfinite(values).all():
@@ -167,21 +181,26 @@ class Run(Mapping[str, Ranking]):
 
     @classmethod
     def from_trec(cls, path: str | Path) -> Run:
-        """Read a TREC run file (``qid Q0 docid rank score tag``); the rank column is ignored."""
+        """Read a TREC run file (``qid Q0 docid rank score tag``); the rank column is ignored.
+
+        Raises
+        ------
+        InputError
+            On a line of another shape, naming it.
+        """
         scores: dict[str, tuple[list[str], list[float]]] = {}
         tag = Path(path).stem
-        with Path(path).open(encoding="utf-8") as lines:
+        with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                columns = line.split()
-                if not columns:
+                if not line.strip():
                     continue
-                try:
-                    query, _, item, _, score, tag = columns
+                try:  # bytes that are not UTF-8 raise a ValueError too
+                    query, _, item, _, score, tag = line.decode().split()
                     value = float(score)
                 except ValueError:
                     raise InputError(
-                        f"{path}, line {number}: expected 'qid Q0 docid rank score tag', "
-                        f"found {line.rstrip()[:80]!r}"
+                        f"{path}, line {number}: expected 'qid Q0 docid rank score tag' in UTF-8, "
+                        f"found {line.decode(errors='replace').rstrip()[:80]!r}"
                     ) from None
                 ids, values = scores.setdefault(query, ([], []))
                 ids.append(item)
@@ -211,7 +230,8 @@ class Run(Mapping[str, Ranking]):
         rows
             (Q, k) positions in ``items``; ``-1`` pads a query with fewer results.
         scores
-            (Q, k), finite where ``rows`` is not ``-1``.
+            (Q, k), finite where ``rows`` is not ``-1``; anything else raises
+            :class:`~fullrank.core.InputError`.
         tie_rank
             (N,) position of each item when all are sorted by id (see :func:`tie_ranks`).
         name, trace
@@ -219,6 +239,9 @@ class Run(Mapping[str, Ranking]):
         """
         values = scores.astype(np.float64)
         absent = rows < 0
+        if not (sound := np.isfinite(values) | absent).all():
+            bad = queries[int(np.argmin(sound.all(axis=1)))]
+            raise InputError(f"query {bad!r}: a score is not a finite number")
         ranks = np.where(absent, -1, tie_rank[rows])
         order = np.lexsort((-ranks, -np.where(absent, -np.inf, values)), axis=-1)
         ids = items[np.take_along_axis(rows, order, axis=-1)]
@@ -259,7 +282,17 @@ class Run(Mapping[str, Ranking]):
         return pandas.DataFrame(rows, columns=["qid", "docno", "score", "rank"])
 
     def to_trec(self, path: str | Path) -> Path:
-        """Write a TREC run file, whole or not at all; scores are strictly decreasing."""
+        """Write a TREC run file, whole or not at all; scores are strictly decreasing.
+
+        Raises
+        ------
+        InputError
+            On an id that is empty or holds white space, which separates the file's columns.
+        """
+        for query in self:
+            check_id(query, "query")
+        for item in {item for ranking in self.values() for item in ranking.ids.tolist()}:
+            check_id(item, "item")
         tag = "_".join(self.name.split()) or "run"
         lines = (
             f"{query} Q0 {item} {rank} {score!r} {tag}\n"
@@ -329,7 +362,10 @@ class Run(Mapping[str, Ranking]):
         for q, r in self._rankings.items():
             unwanted = set(items.get(q, ()))
             keep = np.array([i not in unwanted for i in r.ids], dtype=bool)
-            out[q] = Ranking(r.ids[keep], r.scores[keep])
+            ids, scores = r.ids[keep], r.scores[keep]
+            ids.setflags(write=False)
+            scores.setflags(write=False)
+            out[q] = Ranking(ids, scores)
         return self._derived(out)
 
     def named(self, name: str) -> Run:

@@ -80,7 +80,7 @@ class Table:
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title or None, title_justify="left")
+        table = RichTable(title=escape(self.title) or None, title_justify="left")
         for column, numeric in zip(self.columns, self._numeric(), strict=True):
             table.add_column(escape(column), justify="right" if numeric else "left")
         for row in self._texts():
@@ -91,7 +91,11 @@ class Table:
         """Return a GitHub-flavoured Markdown table."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+            return (
+                "| "
+                + " | ".join(" ".join(c.replace("|", "\\|").splitlines()) for c in cells)
+                + " |"
+            )
 
         rule = "|" + "|".join("---:" if n else ":---" for n in self._numeric()) + "|"
         lines = [line(self.columns), rule, *map(line, self._texts())]
