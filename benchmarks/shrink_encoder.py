@@ -17,11 +17,11 @@ import time
 import numpy as np
 
 from fullrank import datasets
-from fullrank.cli.shrink import ranking_metric
 from fullrank.compress import Batches, CalibrationStats, Distillation, PlanFamily
 from fullrank.compress.targets import factorisable
 from fullrank.core import DEFAULT_ENCODER, Table, resolve_model
 from fullrank.evaluate import floor_test
+from fullrank.retrieval import RankingMetric
 
 WAYS = {
     "uniform, output PCA": {"method": "output_pca", "allocation": "uniform"},
@@ -49,8 +49,9 @@ def main() -> None:
     model = SentenceTransformer(resolve_model(DEFAULT_ENCODER), device="cpu")
     model.max_seq_length = args.tokens
     corpus, part, texts, held_out = prepare(args)
-    exclude = getattr(part, "exclude", None)
-    metric = ranking_metric("nDCG@10", corpus, part.queries, part.qrels, exclude)
+    metric = RankingMetric(
+        "nDCG@10", corpus, part.queries, part.qrels, exclude=part.exclude, max_tokens=args.tokens
+    )
     reference = metric(model)
     original = model.encode(held_out, convert_to_tensor=True)
     measure = measure_with(metric, reference, original, held_out)
@@ -98,8 +99,8 @@ def prepare(args: argparse.Namespace) -> tuple:
     """Documents and queries to measure on, texts to calibrate on, texts to compare on."""
     draw = random.Random(args.seed)
     data = getattr(datasets, args.data)()
-    train = data.split("train") if hasattr(data, "split") else None
-    part = data.split("test") if hasattr(data, "split") else data
+    train = data.split("train") if data.parts else None
+    part = data.split("test") if data.parts else data
     judged = {d for judgements in part.qrels.values() for d in judgements}
     kept = [i for i in data.corpus.ids if i in judged]
     others = [i for i in data.corpus.ids if i not in judged]

@@ -91,7 +91,7 @@ def test_a_share_then_its_plan(encoder, tmp_path):
         (["--keep", 0.5], "needs texts"),
         (["--keep", 0.5, "--calibrate", "texts.pdf"], "come as .txt or .jsonl"),
         (["--keep", 0.5, "--calibrate", "absent.txt"], "cannot be read"),
-        (["--keep", 0.5, "--data", "nowhere"], "data 'nowhere'"),
+        (["--keep", 0.5, "--data", "nowhere"], "'nowhere' is no collection"),
         (["--plan", "absent.json", "--calibrate", "{texts}"], "no plan at"),
     ],
 )

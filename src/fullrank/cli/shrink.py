@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +15,14 @@ from rich.console import Console
 from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from fullrank.compress import Shrunk
+    from fullrank.datasets import Dataset
+    from fullrank.evaluate import FloorTest
+    from fullrank.retrieval import RankingMetric
 
 _FLOOR = re.compile(
     r"^\s*(?P<metric>[^<>=]+?)\s*>=\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<percent>%?)\s*$"
 )
-_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def shrink(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Judged queries for --floor: pydocs, cranfield, vaswani, or a BEIR folder."
+            help="Judged queries for --floor: pydocs, cranfield, vaswani, a BEIR folder, or "
+            "ir_datasets:ID."
         ),
     ] = None,
     calibrate: Annotated[
@@ -107,16 +109,22 @@ def shrink(
 
     from fullrank.compress import report, save
     from fullrank.core.files import atomic_write
+    from fullrank.datasets import read_dataset
 
     encoder = _encoder(model)
-    dataset = None if data is None else _dataset(data)
+    dataset = None if data is None else read_dataset(data)
     texts = _texts(calibrate, dataset, samples, seed)
     console = Console()
     facts: dict[str, Any] = {"model": model, "method": method}
     if goal is not None:
+        assert dataset is not None
         found = _to_floor(encoder, goal, dataset, texts, method, recover, max_length, seconds, seed)
         small, chosen = found.model, found.plan
         console.print(found.table())
+        if "test" in dataset.parts:
+            test = _tested(goal, dataset, encoder, small)
+            console.print(f"on the test queries, which took no part in the choice: it {test}")
+            facts["test"] = {"ratio": test.ratio, "lower": test.lower, "holds": test.holds}
         facts |= {
             "floor": floor,
             "reference": found.reference,
@@ -146,23 +154,12 @@ def _encoder(name: str) -> Any:
     return library.SentenceTransformer(resolve_model(name))
 
 
-def _dataset(name: str) -> Any:
-    from fullrank import datasets
-
-    if name in ("pydocs", "cranfield", "vaswani"):
-        return getattr(datasets, name)()
-    if Path(name).is_dir():
-        return datasets.beir(name)
-    raise InputError(f"data {name!r}; it is pydocs, cranfield, vaswani or a BEIR folder")
-
-
-def _split(dataset: Any, name: str) -> Any:
+def _split(dataset: Dataset, name: str) -> Dataset:
     """Return a part of a data set that has parts, else the whole."""
-    split = getattr(dataset, "split", None)
-    return split(name) if callable(split) else dataset
+    return dataset.split(name) if dataset.parts else dataset
 
 
-def _texts(calibrate: Path | None, dataset: Any, samples: int, seed: int) -> list[str]:
+def _texts(calibrate: Path | None, dataset: Dataset | None, samples: int, seed: int) -> list[str]:
     """Half documents, half queries where there are queries to learn from."""
     import random
 
@@ -173,11 +170,7 @@ def _texts(calibrate: Path | None, dataset: Any, samples: int, seed: int) -> lis
     if dataset is None:
         return []
     # A data set without parts has only queries to measure on, and those must not be seen here.
-    queries = (
-        list(_split(dataset, "train").queries.values())
-        if callable(getattr(dataset, "split", None))
-        else []
-    )
+    queries = list(dataset.split("train").queries.values()) if dataset.parts else []
     documents = list(dataset.corpus.contents)
     chosen = draw.sample(queries, min(samples // 2, len(queries)))
     return chosen + draw.sample(documents, min(samples - len(chosen), len(documents)))
@@ -201,25 +194,25 @@ def _read_texts(path: Path) -> list[str]:
 def _to_floor(
     encoder: Any,
     goal: Floor,
-    dataset: Any,
+    dataset: Dataset,
     texts: Sequence[str],
     method: Any,
     recover: bool,
     max_length: int,
     seconds: float | None,
     seed: int,
-) -> Any:
+) -> Shrunk:
     from fullrank.compress import shrink as search
 
     dev = _split(dataset, "dev")
-    queries = [q for q in dev.queries if q in dev.qrels]
+    metric = _metric(goal, dev)
     return search(
         encoder,
-        ranking_metric(goal.metric, dataset.corpus, dev.queries, dev.qrels, _own(dev)),
+        metric,
         goal.value,
         calibration=texts,
         relative=goal.relative,
-        clusters=_clusters(dev, queries),
+        clusters=[dev.clusters[q] for q in metric.queries] if dev.clusters else None,
         recover=None if recover else False,
         method=method,
         max_length=max_length,
@@ -228,58 +221,24 @@ def _to_floor(
     )
 
 
-def _own(part: Any) -> Mapping[str, Sequence[str]]:
-    """Documents to leave out of a query's ranking, where the data set names any."""
-    return getattr(part, "exclude", None) or {}
+def _metric(goal: Floor, part: Dataset) -> RankingMetric:
+    from fullrank.retrieval import RankingMetric
+
+    return RankingMetric(goal.metric, part.corpus, part.queries, part.qrels, exclude=part.exclude)
 
 
-def _clusters(part: Any, queries: Sequence[str]) -> list[Any] | None:
-    clusters = getattr(part, "clusters", None)
-    return None if not clusters else [clusters[q] for q in queries]
+def _tested(goal: Floor, dataset: Dataset, encoder: Any, small: Any) -> FloorTest:
+    """Test the floor once on queries that took no part in the choice."""
+    import numpy as np
 
+    from fullrank.evaluate import floor_test
 
-def ranking_metric(
-    metric: str,
-    corpus: Any,
-    queries: Mapping[str, str],
-    qrels: Mapping[str, Mapping[str, int]],
-    exclude: Mapping[str, Sequence[str]] | None = None,
-) -> Callable[[Any], npt.NDArray[np.float64]]:
-    """Return a function from an encoder to one value of the metric for every judged query.
-
-    Parameters
-    ----------
-    metric
-        As ir-measures names it, e.g. ``"nDCG@10"``.
-    corpus, queries, qrels
-        What is ranked, for whom, and what was right.
-    exclude
-        Query id -> documents to leave out of its ranking, e.g. its own.
-    """
-    judged = {q: text for q, text in queries.items() if q in qrels}
-    if not judged:
-        raise InputError("none of the queries has judgements")
-
-    def measure(encoder: Any) -> npt.NDArray[np.float64]:
-        import numpy as np
-
-        from fullrank.core.run import Run, tie_ranks
-        from fullrank.evaluate import evaluate
-
-        ids = np.array(list(corpus.ids), dtype=object)
-        kind = {"normalize_embeddings": True, "show_progress_bar": False}
-        documents = encoder.encode(list(corpus.contents), **kind)
-        wanted = encoder.encode(list(judged.values()), **kind)
-        scores = np.asarray(wanted, np.float32) @ np.asarray(documents, np.float32).T
-        k = min(_DEPTH, len(ids))
-        rows = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        run = Run.from_matrix(
-            list(judged), ids, rows, np.take_along_axis(scores, rows, 1), tie_rank=tie_ranks(ids)
-        )
-        per_query = evaluate(run.drop(exclude or {}), qrels, [metric]).per_query[metric]
-        return np.array([per_query[q] for q in judged])
-
-    return measure
+    part = dataset.split("test")
+    metric = _metric(goal, part)
+    values = metric(small)
+    base = metric(encoder) if goal.relative else np.ones_like(values)
+    clusters = [part.clusters[q] for q in metric.queries] if part.clusters else None
+    return floor_test(values, base, goal.value, clusters=clusters)
 
 
 def _to_plan(
