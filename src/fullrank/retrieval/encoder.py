@@ -117,6 +117,8 @@ class Encoder:
         self._built: _Engine | None = None
         self._key: str | None = None
         self._cut = _truncating(self.tokenizer, self.max_tokens)
+        self._named = None if not isinstance(model, (str, Path)) else str(model)
+        self._loaded = _weight_state(self.model)
 
     def __repr__(self) -> str:
         return f"Encoder(dimension={self.dimension}, max_tokens={self.max_tokens})"
@@ -137,6 +139,11 @@ class Encoder:
         engine = self._engine()
         return "packed" if engine.packed is not None else engine.reason
 
+    @property
+    def source(self) -> str | None:
+        """Name or folder it was made from; None for a model object or weights changed since."""
+        return self._named if _weight_state(self.model) == self._loaded else None
+
     def prompt(self, kind: Kind) -> str:
         """Return what is put in front of every text of this kind."""
         return self._prompts[kind]
@@ -150,6 +157,11 @@ class Encoder:
                 settings = [_VERSION, engine.dtype, self.max_tokens, sorted(self._prompts.items())]
                 self._key = _content_hash(self.model, [*settings, engine.packed is None])
             return self._key
+
+    @property
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Something cheap that changes when a weight is written to, replaced or moved."""
+        return _weight_state(self.model)
 
     def encode(
         self, texts: Sequence[str], *, kind: Kind = "document", progress: bool = False
@@ -235,7 +247,7 @@ class Encoder:
     # -- building ----------------------------------------------------------------------------
 
     def _engine(self) -> _Engine:
-        state = _weight_state(self.model)
+        state = self.state
         with self._lock:
             if self._built is None or state != self._state:
                 self._built, self._state, self._key = self._build(), state, None
@@ -312,10 +324,8 @@ def _truncating(tokenizer: Any, max_tokens: int) -> Any:
 
 
 def _weight_state(model: Any) -> tuple[tuple[int, int], ...]:
-    """Something cheap that changes when a weight is written to, replaced or moved."""
-    return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()
-    )
+    """Where each weight is, and how often it was written to."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def _bfloat16_pays(device: torch.device) -> bool:
@@ -348,7 +358,7 @@ def _content_hash(model: Any, settings: list[Any]) -> str:
 
     digest = hashlib.sha256(json.dumps(settings).encode())
     for module in model:
-        described = getattr(module, "get_config_dict", dict)()
+        described: Any = getattr(module, "get_config_dict", dict)()
         digest.update(f"{type(module).__name__}{described!r}".encode())
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     if config is not None:

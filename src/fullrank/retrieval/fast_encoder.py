@@ -31,7 +31,7 @@ _HEADS = ("Normalize", "Dense", "LayerNorm")
 
 
 class UnsupportedModelError(Exception):
-    """This model has a part that the packed forward pass does not know."""
+    """A model has a part that the packed forward pass does not know."""
 
 
 class Norm(NamedTuple):
@@ -42,6 +42,7 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
         return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
@@ -56,6 +57,7 @@ class Chain(tuple[Factor, ...]):
     """A linear map as the product of its factors, first one applied first: one, or two thin."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the factors one after the other."""
         for weight, bias in self:
             x = functional.linear(x, weight, bias)
         return x
@@ -106,6 +108,7 @@ class FloatBlock:
         return Trace(h, context, middle, hidden, self.norms[1](self.down(hidden).add_(middle)))
 
     def __call__(self, h: Tensor, groups: Groups) -> Tensor:
+        """Return the layer's output ``(T, d)``."""
         return self.trace(h, groups).out
 
 
@@ -128,8 +131,7 @@ def attend(qkv: tuple[Tensor, Tensor, Tensor], groups: Groups, heads: int) -> Te
     for count, length in groups:
         stop = start + count * length
         shape = (count, length, heads, width // heads)
-        q, k, v = (part[start:stop].unflatten(0, shape[:2]) for part in qkv)
-        q, k, v = (part.unflatten(-1, shape[2:]).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part[start:stop].view(shape).transpose(1, 2) for part in qkv)
         result = functional.scaled_dot_product_attention(q, k, v)
         out[start:stop].view(shape).copy_(result.transpose(1, 2))
         start = stop

@@ -13,7 +13,9 @@ things keep the error small:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +49,8 @@ def is_supported() -> bool:
     True
     """
     fast = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
-    return bool(fast) and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    known = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch, "quantize_per_tensor")
+    return bool(fast) and known
 
 
 class Int8Linear:
@@ -76,7 +79,7 @@ class Int8Linear:
         rounded = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8)
         # The integers themselves; int_repr() would copy them.
         integers = torch.empty(0, dtype=torch.uint8)
-        return integers.set_(rounded.untyped_storage(), 0, x.shape, x.stride())  # type: ignore[call-overload,no-any-return]
+        return integers.set_(rounded.untyped_storage(), 0, x.shape, x.stride())
 
     def __call__(
         self, x: Tensor, into: Int8Linear | None = None, activation: str = "none"
@@ -93,7 +96,7 @@ class Int8Linear:
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """Return the output added to ``other``, in float32."""
-        sum_with = ("add", 1.0, "none", [], "")
+        sum_with: tuple[Any, ...] = ("add", 1.0, "none", [], "")
         result: Tensor = torch.ops.onednn.qlinear_pointwise.binary(
             *self._operands(x), other, self.bias, 1.0, 0, torch.float32, 1.0, 0, *sum_with
         )
@@ -154,6 +157,10 @@ class Int8Chain:
         """Map rounded inputs to float32."""
         return self.layers[-1](self._thin(x))
 
+    def of_floats(self, x: Tensor) -> Tensor:
+        """Map float inputs to float32."""
+        return self(self.round(x))
+
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """Map rounded inputs to float32 and add ``other``."""
         return self.layers[-1].plus(self._thin(x), other)
@@ -182,7 +189,8 @@ class Int8Block:
         self.unit_down = _columns(block.down, units)
 
     def __call__(self, h: Tensor, groups: Groups) -> Tensor:
-        qkv = project([lambda x, p=p: p(p.round(x)) for p in self.projections], h)
+        """Return the layer's output ``(T, d)``, in float32."""
+        qkv = project([chain.of_floats for chain in self.projections], h)
         context = attend(qkv, groups, self.heads)
         h = self.norms[0](self.out.plus(self.out.round(context), h))
         units = functional.gelu(torch.addmm(self.unit_bias, h, self.unit_up))
@@ -205,6 +213,7 @@ def quantize(model: PackedEncoder, sequences: Sequence[Sequence[int]]) -> Packed
     UnsupportedModelError
         When an activation is not the exact GELU.
     """
+    _warn_once()
     h, groups = model.embed(sorted(sequences, key=len))
     blocks = []
     for block in model.blocks:
@@ -214,6 +223,13 @@ def quantize(model: PackedEncoder, sequences: Sequence[Sequence[int]]) -> Packed
     return PackedEncoder(
         model.words, model.positions, model.norm, blocks, model.pooling, model.head
     )
+
+
+def _warn_once() -> None:
+    """Let torch say now, unheard, what it says once: that tensors of quantised types will go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def _is_exact_gelu(activation: object) -> bool:

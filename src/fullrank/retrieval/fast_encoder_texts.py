@@ -44,7 +44,8 @@ CALIBRATION = (
     "https://example.org/a/b?id=42&lang=en user@example.com C:\\temp\\log.txt 192.0.2.1",
     "Warning: connection reset by peer (errno 104); retrying in 5 s, attempt 3 of 8 ...",
     "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 3.14159 2.71828 1e-7 -0.5 1,000,000",
-    "| name | score | rank |\n|------|-------|------|\n| abc  | 0.91  | 1    |\n| xyz  | 0.17  | 2 |",
+    "| name | score | rank |\n|------|-------|------|\n| abc  | 0.91  | 1    |\n"
+    "| xyz  | 0.17  | 2 |",
     "Die Katze schläft auf dem warmen Ofen, während draußen der Schnee fällt.",
     "Le conseil municipal a décidé de reporter les travaux jusqu'à l'été prochain.",
     "El tren sale a las ocho y media de la mañana desde el andén número cuatro.",

@@ -1,0 +1,109 @@
+"""Reranking with a (random) cross-encoder: the library's own scores, in any batching."""
+
+import numpy as np
+import pytest
+import torch
+from test_passages import prose
+from tiny_models import cross_encoder
+
+from fullrank.core import Corpus, InputError, Run
+from fullrank.retrieval import BM25, CrossEncoderReranker, Reranker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return cross_encoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus([f"d{i}" for i in range(30)], [prose(3 + 3 * (i % 9), i) for i in range(30)])
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return {f"q{i}": prose(3, 300 + i) for i in range(5)}
+
+
+@pytest.fixture(scope="module")
+def reranker(folder):
+    return CrossEncoderReranker(folder, device="cpu")
+
+
+def test_scores_are_the_models_logits(reranker, corpus, queries):
+    found = BM25(corpus)(queries)
+    run = (BM25(corpus) >> reranker)(queries)
+    for query, text in queries.items():
+        ids = found[query].ids.tolist()
+        pairs = [(text, corpus[i].contents) for i in ids]
+        direct = reranker.model.predict(pairs, activation_fn=torch.nn.Identity())
+        mine = run.to_dict()[query]
+        np.testing.assert_allclose([mine[i] for i in ids], direct, atol=1e-5)
+        assert (np.diff(run[query].scores) <= 0).all()
+
+
+def test_batches_do_not_matter(folder, reranker, corpus, queries):
+    found = BM25(corpus)(queries)
+    small = CrossEncoderReranker(reranker.model, batch_size=2, corpus=corpus, progress=True)
+    a, b = small(queries, found), reranker(queries, found, corpus)
+    for query in queries:
+        mine, other = a.to_dict()[query], b.to_dict()[query]
+        assert mine.keys() == other.keys()
+        for identifier, score in mine.items():
+            assert score == pytest.approx(other[identifier], abs=1e-5)
+
+
+def test_depth(reranker, corpus, queries):
+    shallow = CrossEncoderReranker(reranker.model, depth=3, corpus=corpus)
+    found = BM25(corpus)(queries)
+    for query, ranking in shallow(queries, found).items():
+        assert set(ranking.ids[:3]) == set(found[query].ids[:3])
+        assert ranking.ids[3:].tolist() == found[query].ids[3:].tolist()
+
+
+def test_texts_that_are_too_long_or_empty(reranker):
+    corpus = Corpus(["a", "b"], ["rank " * 100_000, ""])
+    run = Run({"q": (["a", "b"], [2.0, 1.0]), "p": (["a"], [1.0]), "none": ([], [])})
+    out = reranker({"q": "value " * 20_000, "p": "", "none": "rank"}, run, corpus)
+    assert [len(out[q]) for q in ("q", "p", "none")] == [2, 1, 0]
+    assert isinstance(reranker, Reranker)
+
+
+def test_max_tokens(folder, reranker, corpus):
+    short = CrossEncoderReranker(folder, max_tokens=8, device="cpu")
+    assert short.max_tokens == 8
+    assert reranker.max_tokens == 64
+    pair = [("one two three", "four five six seven eight nine ten")]
+    assert short.score(pair) != reranker.score(pair)
+    for wrong in (2, 65):
+        with pytest.raises(InputError, match="max_tokens"):
+            CrossEncoderReranker(folder, max_tokens=wrong, device="cpu")
+
+
+def test_an_instance_is_not_changed(reranker, corpus, queries):
+    before = reranker.model.activation_fn, reranker.model.max_seq_length
+    CrossEncoderReranker(reranker.model, max_tokens=8, corpus=corpus)(
+        queries, BM25(corpus)(queries)
+    )
+    assert (reranker.model.activation_fn, reranker.model.max_seq_length) == before
+
+
+def test_documents_must_be_known(reranker, corpus):
+    run = Run({"q": (["d1"], [1.0])})
+    with pytest.raises(InputError, match="texts"):
+        reranker({"q": "rank"}, run)
+    with pytest.raises(InputError, match="nothing to rerank"):
+        reranker({"q": "rank"}, None, corpus)
+    with pytest.raises(InputError, match="'zz'"):
+        reranker({"q": "rank"}, Run({"q": (["zz"], [1.0])}), corpus)
+
+
+def test_bad_models(tmp_path):
+    with pytest.raises(InputError, match="3 outputs"):
+        CrossEncoderReranker(cross_encoder(tmp_path / "three", labels=3), device="cpu")
+    with pytest.raises(InputError, match="no model"):
+        CrossEncoderReranker(tmp_path / "nothing")
+    with pytest.raises(InputError, match="a int"):
+        CrossEncoderReranker(3)
+    with pytest.raises(InputError, match="batch_size"):
+        CrossEncoderReranker(cross_encoder(tmp_path / "one"), batch_size=0, device="cpu")

@@ -1,0 +1,61 @@
+"""Random models of the BERT family, small enough to be made in a test."""
+
+from pathlib import Path
+
+TEXT = """
+the a of and rank matrix vector spectrum value query document search index score model train loss
+layer token text cat dog bird fish red green blue fast slow long short new old one two three four
+five six seven eight nine ten ##s ##ing ##ed . , ?
+"""
+WORDS = TEXT.split()
+
+
+def save_tokenizer(folder: Path):
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def bert_config(vocabulary: int, **changes):
+    from transformers import BertConfig
+
+    settings = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+    }
+    return BertConfig(vocab_size=vocabulary, **settings | changes)
+
+
+def sentence_model(folder: Path, *, seed=0, pooling="mean", prompts=None, **changes):
+    """Return a random SentenceTransformer on the CPU."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertModel
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    BertModel(bert_config(vocabulary, **changes)).save_pretrained(folder)
+    inner = Transformer(str(folder))
+    width = inner.auto_model.config.hidden_size
+    modules = [inner, Pooling(width, pooling_mode=pooling)]
+    return SentenceTransformer(modules=modules, device="cpu", prompts=prompts).eval()
+
+
+def cross_encoder(folder: Path, *, seed=0, labels=1):
+    """Write a random cross-encoder and return its folder."""
+    import torch
+    from transformers import BertForSequenceClassification
+
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = bert_config(vocabulary, num_labels=labels)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
