@@ -72,14 +72,10 @@ def model(
 
 
 def _xray(name: str, sampled: bool) -> XRay:
-    from fullrank.core.errors import InputError, require
-    from fullrank.core.models import resolve_model
+    from fullrank.core.errors import require
+    from fullrank.core.models import load_model
     from fullrank.spectra import xray
 
     transformers = require("transformers", extra="hf")
-    try:
-        loaded = transformers.AutoModel.from_pretrained(resolve_model(name))
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load the model {name!r}: {lines[0]}") from error
+    loaded = load_model(name, transformers.AutoModel.from_pretrained)
     return xray(loaded, accuracy="sampled" if sampled else "exact")

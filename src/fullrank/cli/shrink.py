@@ -109,9 +109,10 @@ def shrink(
 
     from fullrank.compress import report, save
     from fullrank.core.files import atomic_write
+    from fullrank.core.models import load_sentence_transformer
     from fullrank.datasets import read_dataset
 
-    encoder = _encoder(model)
+    encoder = load_sentence_transformer(model)
     dataset = None if data is None else read_dataset(data)
     texts = _texts(calibrate, dataset, samples, seed)
     console = Console()
@@ -144,14 +145,6 @@ def shrink(
         f"{out}: keeps {chosen.savings().kept:.1%} of the linear parameters. After "
         f"`import fullrank` it loads with SentenceTransformer({str(out)!r})."
     )
-
-
-def _encoder(name: str) -> Any:
-    from fullrank.core.errors import require
-    from fullrank.core.models import resolve_model
-
-    library = require("sentence_transformers", extra="hf")
-    return library.SentenceTransformer(resolve_model(name))
 
 
 def _split(dataset: Dataset, name: str) -> Dataset:

@@ -1,8 +1,11 @@
-"""Which model a name means."""
+"""Which model a name means, and loading it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fullrank.core.errors import InputError, require
 from fullrank.core.files import sha256_file
@@ -61,3 +64,79 @@ def resolve_model(name: str | Path) -> str:
             f"'org/name', or {DEFAULT_ENCODER!r}"
         )
     return text
+
+
+def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
+    """Load a model by name, quietly; a name that means nothing is told from a broken model.
+
+    Parameters
+    ----------
+    name
+        See :func:`resolve_model`.
+    load
+        Called with a folder or a Hugging Face id, e.g. ``AutoModel.from_pretrained``.
+
+    Raises
+    ------
+    InputError
+        When there is no such model, or it cannot be read; the message says which.
+    """
+    source = resolve_model(name)
+    if not Path(source).is_dir():
+        _check_hub(source)
+    try:
+        with _quiet():
+            return load(source)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot load the model {str(name)!r}: {lines[0]}") from error
+
+
+def load_sentence_transformer(name: str | Path, device: str | None = None) -> Any:
+    """Load a sentence-transformers model by name (see :func:`load_model`).
+
+    >>> load_sentence_transformer(DEFAULT_ENCODER).get_embedding_dimension()
+    384
+    """
+    library = require("sentence_transformers", extra="hf")
+    return load_model(name, lambda source: library.SentenceTransformer(source, device=device))
+
+
+def _check_hub(name: str) -> None:
+    """Raise when a Hugging Face id is neither on this machine nor on the hub.
+
+    Loading asks for one file after another and tries each several times: without a network
+    that takes minutes. One question answers it in seconds.
+    """
+    hub = require("huggingface_hub", extra="hf")
+    if isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    reason = "HF_HUB_OFFLINE is set"
+    if not hub.constants.HF_HUB_OFFLINE:
+        try:
+            address = f"{hub.constants.ENDPOINT}/api/models/{name}"
+            headers = hub.utils.build_hf_headers()
+            answer = hub.get_session().head(address, headers=headers, timeout=10)
+            if answer.status_code < 400:
+                return
+            reason = f"it answers {answer.status_code}"
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0]
+    raise InputError(
+        f"there is no model {name!r} here, and the Hugging Face hub did not give it ({reason}); "
+        f"give a folder, another id, or {DEFAULT_ENCODER!r}, which needs no download"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars meanwhile: loading takes a moment, not minutes."""
+    logging = require("transformers.utils.logging", extra="hf")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
