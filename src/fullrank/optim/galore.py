@@ -1,0 +1,268 @@
+"""GaLore: Adam and Adafactor with moments in a subspace of the gradient (arXiv 2403.03507)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, get_args
+
+from fullrank.core.errors import InputError
+from fullrank.optim import checks as valid
+from fullrank.optim.base import ProjectionHook, SubspaceOptimizer
+from fullrank.optim.gradients import NonFinite
+from fullrank.optim.inner import Adafactor, AdamW
+from fullrank.optim.iterative import IterativeSubspace
+from fullrank.optim.subspace import (
+    MomentPolicy,
+    Projection,
+    ProjType,
+    SVDSubspace,
+    side_of,
+)
+
+Refresh = Literal["svd", "subspace"]
+
+_GALORE_CHECKS: dict[str, valid.Check] = {
+    "rank": valid.rank,
+    "update_proj_gap": valid.whole,
+    "scale": valid.positive,
+    "proj_type": valid.one_of(*get_args(ProjType)),
+    "refresh": valid.one_of(*get_args(Refresh)),
+    "moments": valid.one_of(*get_args(MomentPolicy)),
+    "weight_decay": valid.at_least(0.0),
+}
+
+
+class _GaLore(SubspaceOptimizer):
+    """What the two forms share: the choice of the subspace."""
+
+    def subspace(self, group: dict[str, Any], rank: int, shape: tuple[int, int]) -> Projection:
+        """Leading singular vectors, exact or by warm-started iteration."""
+        kind = SVDSubspace if group["refresh"] == "svd" else IterativeSubspace
+        return kind(rank, side_of(group["proj_type"], shape))
+
+
+class GaLoreAdamW(_GaLore):
+    """AdamW whose moments live in a rank-r subspace of each gradient; weights stay full.
+
+    For an ``(m, n)`` matrix the state is ``2 r max(m, n)`` moments and ``r min(m, n)`` numbers of
+    basis, instead of ``2 m n``. The constructor and the groups are those of ``galore_torch``: a
+    group with ``rank`` is projected, one without gets AdamW with the same eps convention. Every
+    argument but the last three may also be a group's key.
+
+    Parameters
+    ----------
+    params
+        Parameters, named parameters or param groups (see :func:`param_groups`).
+    lr
+        0.01 (paper: 0.005 for 7B). ``scale`` gives projected matrices a part of it.
+    betas, eps
+        (0.9, 0.999) and 1e-6, as the official code; eps is added to the uncorrected root.
+    weight_decay
+        Decoupled; taken off the weight that was already updated, as in the official code.
+    rank
+        r; None projects nothing. A group may list one rank (or None) a parameter. Weights with
+        more than two dimensions are read as ``(out, rest)``; vectors, and matrices with
+        ``min(m, n) <= r``, are not projected.
+    update_proj_gap
+        Steps between two refreshes of the basis: 200 (paper; 500 for 7B). Each matrix counts
+        the steps that brought it a gradient; a gradient of zeros keeps the old basis.
+    scale
+        Factor on the projected update: 0.25 (paper).
+    proj_type
+        ``"std"`` compresses the shorter side; ``"reverse_std"``, ``"left"``, ``"right"``,
+        ``"full"`` (both sides).
+    refresh
+        ``"svd"``: leading singular vectors of the current gradient, exactly. ``"subspace"``:
+        power iteration from the old basis, many times cheaper; falls back to the SVD where that
+        would capture less than 99.9 % of the SVD's energy.
+    moments
+        At a refresh: ``"keep"`` reads the moments in the new basis as they are (paper; signs of
+        basis vectors are aligned with the old ones), ``"reset"`` starts them and their bias
+        correction over, ``"rotate"`` re-expresses the first moment in the new basis.
+    state_bits
+        32, or 8 for moments in blockwise codes (projected or not; bases stay as they are).
+    correct_bias
+        False leaves out Adam's bias correction.
+    min_8bit_size
+        With ``state_bits=8``, moments of fewer elements stay float32: 4096.
+    nonfinite, projection_hook
+        See :class:`SubspaceOptimizer`.
+
+    Raises
+    ------
+    InputError
+        On values out of range, parameters that are not real floats, sparse gradients.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(16, 8)
+    >>> groups = [{"params": [model.weight], "rank": 2}, {"params": [model.bias]}]
+    >>> optimizer = GaLoreAdamW(groups, lr=0.01)
+    >>> model(torch.ones(4, 16)).square().sum().backward()
+    >>> _ = optimizer.step()
+    >>> {name: tuple(value.shape) for name, value in optimizer.state[model.weight].items()}
+    {'step': (), 'unseen': (), 'exp_avg': (2, 16), 'exp_avg_sq': (2, 16), 'basis_left': (8, 2)}
+    """
+
+    checks: ClassVar[dict[str, valid.Check]] = {
+        "lr": valid.at_least(0.0),
+        "betas": valid.pair(valid.decay_factor),
+        "eps": valid.at_least(0.0),
+        **_GALORE_CHECKS,
+        "state_bits": valid.one_of(32, 8),
+        "correct_bias": valid.truth,
+        "min_8bit_size": valid.whole,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjType = "std",
+        refresh: Refresh = "svd",
+        moments: MomentPolicy = "keep",
+        state_bits: Literal[32, 8] = 32,
+        correct_bias: bool = True,
+        min_8bit_size: int = 4096,
+        nonfinite: NonFinite = "skip",
+        projection_hook: ProjectionHook | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "refresh": refresh,
+            "moments": moments,
+            "state_bits": state_bits,
+            "correct_bias": correct_bias,
+            "min_8bit_size": min_8bit_size,
+        }
+        super().__init__(params, defaults, nonfinite=nonfinite, projection_hook=projection_hook)
+
+    def inner(self, group: dict[str, Any]) -> AdamW:
+        """Adam with eps beside the uncorrected root."""
+        return AdamW("uncorrected", bits=group["state_bits"], min_8bit_size=group["min_8bit_size"])
+
+
+class GaLoreAdafactor(_GaLore):
+    """Adafactor whose factored second moment lives in a rank-r subspace of each gradient.
+
+    Groups and the arguments from ``rank`` to ``moments`` are those of :class:`GaLoreAdamW`; the
+    others are the original's (arXiv 1804.04235). Weights decay before the update.
+
+    Parameters
+    ----------
+    params
+        Parameters, named parameters or param groups.
+    lr
+        Learning rate; None with ``relative_step``, which then sets it.
+    eps
+        Added to the squared gradient, and the least root mean square of a weight for
+        ``scale_parameter``: (1e-30, 1e-3).
+    clip_threshold
+        Largest root mean square of an update: 1.
+    decay_rate
+        The second moment's factor at step t is ``1 - t ** decay_rate``: -0.8.
+    beta1
+        Factor of a first moment over the updates; None (default) keeps none.
+    scale_parameter
+        Multiply the rate by the weight's root mean square.
+    relative_step, warmup_init
+        Derive the rate from the step: ``min(1e-2, 1 / sqrt(t))``, or ``min(1e-6 t, 1 / sqrt(t))``
+        with ``warmup_init``.
+    rank, update_proj_gap, scale, proj_type, refresh, moments, nonfinite, projection_hook
+        As for :class:`GaLoreAdamW`.
+
+    Raises
+    ------
+    InputError
+        On values out of range, ``lr`` together with ``relative_step``, or neither.
+
+    Examples
+    --------
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(6, 4))
+    >>> optimizer = GaLoreAdafactor([weight], lr=0.1, rank=2, relative_step=False)
+    >>> (weight * torch.arange(4.0)).square().sum().backward()
+    >>> _ = optimizer.step()
+    >>> sorted(optimizer.state[weight])
+    ['basis_right', 'exp_avg_sq_col', 'exp_avg_sq_row', 'step', 'unseen']
+    """
+
+    decay_first: ClassVar[bool] = True
+    checks: ClassVar[dict[str, valid.Check]] = {
+        "lr": valid.optional(valid.at_least(0.0)),
+        "eps": valid.pair(valid.at_least(0.0)),
+        "clip_threshold": valid.positive,
+        "decay_rate": valid.finite,
+        "beta1": valid.optional(valid.decay_factor),
+        "scale_parameter": valid.truth,
+        "relative_step": valid.truth,
+        "warmup_init": valid.truth,
+        **_GALORE_CHECKS,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjType = "std",
+        refresh: Refresh = "svd",
+        moments: MomentPolicy = "keep",
+        nonfinite: NonFinite = "skip",
+        projection_hook: ProjectionHook | None = None,
+    ) -> None:
+        if (lr is None) != relative_step:
+            raise InputError(
+                f"lr={lr!r} with relative_step={relative_step!r}: give a learning rate and "
+                "relative_step=False, or neither"
+            )
+        if warmup_init and not relative_step:
+            raise InputError("warmup_init=True needs relative_step=True")
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "refresh": refresh,
+            "moments": moments,
+        }
+        super().__init__(params, defaults, nonfinite=nonfinite, projection_hook=projection_hook)
+
+    def inner(self, group: dict[str, Any]) -> Adafactor:
+        """Adafactor, with a first moment where ``beta1`` asks for one."""
+        return Adafactor(first_moment=group["beta1"] is not None)

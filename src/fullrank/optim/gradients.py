@@ -1,0 +1,127 @@
+"""Are the gradients finite, and which of them can a subspace be fitted to?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+
+NonFinite = Literal["skip", "raise", "ignore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a look at all gradients of a step has found.
+
+    Attributes
+    ----------
+    skip_all
+        The host knows that this step must be left out.
+    usable
+        Which gradients have a subspace: finite, and not all zero. Where nobody has looked, True.
+    skip
+        Where only the device knows: one bool scalar a device, the same on all.
+    """
+
+    skip_all: bool
+    usable: list[bool]
+    skip: dict[torch.device, Tensor] = field(default_factory=dict)
+
+
+def host_decides(device: torch.device) -> bool:
+    """Whether reading a number from this device costs nothing."""
+    return device.type == "cpu"
+
+
+def norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Euclidean norm of each gradient as a scalar, in float32 at least.
+
+    It is finite exactly when the gradient is, as far as its squares fit the dtype: a float32
+    gradient of norm 2e19 counts as infinite.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(grads)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    for (_, dtype), members in kinds.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        values = torch._foreach_norm([grads[i] for i in members], 2, dtype=wide)
+        for i, value in zip(members, values, strict=True):
+            found[i] = value
+    return found
+
+
+def judge(
+    grads: Sequence[Tensor],
+    due: Sequence[bool],
+    nonfinite: NonFinite,
+    name: Callable[[int], str],
+) -> Verdict:
+    """Look at the gradients of a step, as far as anybody needs to know.
+
+    Parameters
+    ----------
+    grads
+        The gradients, of any device and dtype.
+    due
+        For which of them a subspace is about to be fitted.
+    nonfinite
+        As in :class:`~fullrank.optim.SubspaceOptimizer`.
+    name
+        What to call gradient ``i`` in a message.
+
+    Raises
+    ------
+    InputError
+        With ``nonfinite="raise"``, when a gradient is not finite.
+
+    Examples
+    --------
+    >>> judge([torch.ones(2), torch.tensor([float("nan")])], [False, False], "skip", str).skip_all
+    True
+    """
+    if nonfinite == "ignore" and not any(due):
+        return Verdict(False, [True] * len(grads))
+    found = norms(grads)
+    waits = nonfinite != "skip" or any(due) or all(host_decides(g.device) for g in grads)
+    if not waits:
+        return Verdict(False, [True] * len(grads), _flags(found))
+    values = _read(found)
+    bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    if bad and nonfinite == "raise":
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise InputError(
+            f"the gradient of {name(bad[0])}{more} holds NaN or infinity; nothing was changed. "
+            "Look for the cause, or leave such steps out with nonfinite='skip'"
+        )
+    usable = [math.isfinite(value) and value > 0 for value in values]
+    return Verdict(bool(bad) and nonfinite == "skip", usable)
+
+
+def _read(values: Sequence[Tensor]) -> list[float]:
+    """Bring scalars to the host, waiting once a device."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        devices.setdefault(value.device, []).append(i)
+    read = [0.0] * len(values)
+    for members in devices.values():
+        together = torch.stack([values[i].double() for i in members]).tolist()
+        for i, value in zip(members, together, strict=True):
+            read[i] = value
+    return read
+
+
+def _flags(values: Sequence[Tensor]) -> dict[torch.device, Tensor]:
+    """True on every device when any value on any device is not finite."""
+    devices: dict[torch.device, list[Tensor]] = {}
+    for value in values:
+        devices.setdefault(value.device, []).append(value.float())
+    each = [~torch.isfinite(torch.stack(list(v))).all() for v in devices.values()]
+    anywhere = torch.stack([flag.to(each[0].device) for flag in each]).any()
+    return {device: anywhere.to(device) for device in devices}

@@ -1,0 +1,104 @@
+"""What training costs in memory: weights, gradients and optimizer state, before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fullrank.core.errors import InputError
+from fullrank.core.table import Table
+from fullrank.optim.base import SubspaceOptimizer
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes for people.
+
+    >>> human_bytes(900), human_bytes(3 * 2**20)
+    ('900 B', '3.00 MiB')
+    """
+    if count < 1024:
+        return f"{count} B"
+    exponent = min(int(math.log2(count) // 10), 4)
+    return f"{count / 1024**exponent:,.2f} {'KMGT'[exponent - 1]}iB"
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors that an optimizer holds now.
+
+    Counts what is kept alive: a slice that holds on to a larger tensor costs the whole of it.
+    """
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return sum(storages.values())
+
+
+def memory_table(
+    optimizer: SubspaceOptimizer | Iterable[dict[str, Any]],
+    kind: type[SubspaceOptimizer] | None = None,
+    **options: Any,
+) -> Table:
+    """Weights, gradients and optimizer state in bytes, beside ``torch.optim.AdamW``'s state.
+
+    Nothing is allocated: the sizes follow from the shapes.
+
+    Parameters
+    ----------
+    optimizer
+        An optimizer, or the param groups it would get.
+    kind, options
+        With groups: the optimizer's class, and its other arguments.
+
+    Returns
+    -------
+    Table
+        One row for projected matrices, one for the other parameters, one for both: tensors,
+        parameters, bytes of weights, gradients and state, bytes of AdamW's state (two moments of
+        the weight's dtype and a step), and the ratio of the two. Numbers are bytes; the table
+        shows them with units.
+
+    Raises
+    ------
+    InputError
+        On groups without a ``kind``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fullrank.optim import GaLoreAdamW
+    >>> table = memory_table([{"params": [torch.zeros(64, 32)], "rank": 4}], GaLoreAdamW)
+    >>> dict(zip(table.columns, table.rows[-1], strict=True))["optimizer state"]
+    2568
+    """
+    if not isinstance(optimizer, SubspaceOptimizer):
+        if kind is None:
+            raise InputError("param groups alone do not say how they are stepped; give kind=...")
+        optimizer = kind(optimizer, **options)
+    sums = {"projected": [0] * 6, "not projected": [0] * 6, "all": [0] * 6}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            weight = param.numel() * param.element_size()
+            gradient = weight if param.requires_grad else 0
+            spec = optimizer.expected_state(param)
+            state = sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+            row = (1, param.numel(), weight, gradient, state, 2 * weight + 4)
+            kept = any(name.startswith("basis") for name in spec)
+            for part in ("projected" if kept else "not projected", "all"):
+                sums[part] = [a + b for a, b in zip(sums[part], row, strict=True)]
+    columns = ["weights", "gradients", "optimizer state", "AdamW's state"]
+    return Table(
+        ["part", "tensors", "parameters", *columns, "state / AdamW's"],
+        [[part, *row, row[4] / row[5] if row[5] else None] for part, row in sums.items() if row[0]],
+        formats={
+            **dict.fromkeys(columns, human_bytes),
+            "parameters": ",d",
+            "state / AdamW's": ".1%",
+        },
+    )

@@ -1,0 +1,78 @@
+"""Reading a saved optimizer state, with every tensor in the dtype it has at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+
+Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Home = Callable[[str, Tensor], torch.device]
+
+
+def restored(
+    param_groups: list[dict[str, Any]],
+    saved: Mapping[str, Any],
+    expected: Callable[[Tensor], Spec],
+    home: Home,
+    name: Callable[[int, int], str],
+) -> dict[Tensor, dict[str, Tensor]]:
+    """State of each parameter, as copies of what was saved.
+
+    Parameters
+    ----------
+    param_groups
+        The optimizer's groups; their parameters are matched with the saved ones by order.
+    saved
+        A ``state_dict``.
+    expected
+        Parameter -> what its state must hold.
+    home
+        (state tensor's name, parameter) -> device it lives on.
+    name
+        (group, index) -> what to call the parameter in a message.
+
+    Raises
+    ------
+    InputError
+        When a parameter's state lacks a tensor, has a foreign one, or one of another shape.
+    """
+    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    places = [(g, i) for g, group in enumerate(param_groups) for i in range(len(group["params"]))]
+    found = {}
+    for key, (g, i) in zip(ids, places, strict=True):
+        state = saved["state"].get(key)
+        if not state:
+            continue
+        param = param_groups[g]["params"][i]
+        spec = expected(param)
+        check_state(state, spec, name(g, i))
+        found[param] = {
+            n: state[n].detach().to(device=home(n, param), dtype=dtype, copy=True)
+            for n, (_, dtype) in spec.items()
+        }
+    return found
+
+
+def check_state(state: Mapping[str, Any], spec: Spec, name: str) -> None:
+    """Raise :class:`InputError` unless a saved state has the tensors that are expected."""
+    if set(state) != set(spec):
+        raise InputError(
+            f"the saved state of {name} holds {sorted(state)}, but this optimizer keeps "
+            f"{sorted(spec)}: was it saved by another optimizer, or with another state_bits?"
+        )
+    for key, (shape, dtype) in spec.items():
+        value = state[key]
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"the saved {key} of {name} is {got}, expected {shape}: "
+                "the model or its param groups have changed since it was saved"
+            )
+        if value.is_floating_point() != dtype.is_floating_point:
+            raise InputError(f"the saved {key} of {name} is of {value.dtype}, expected {dtype}")

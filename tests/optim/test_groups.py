@@ -1,0 +1,172 @@
+"""Param groups of models, their report, and the memory table."""
+
+import pytest
+import torch
+from torch import nn
+
+from fullrank.core import PlanEntry, RankPlan
+from fullrank.core.errors import InputError, PlanError
+from fullrank.optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    galore_param_groups,
+    memory_table,
+    param_groups,
+    state_bytes,
+)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.Linear(32, 32)
+        self.mlp = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+        self.norm = nn.LayerNorm(32)
+
+
+class Model(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.conv = nn.Conv2d(16, 24, 3)
+        self.head = nn.Linear(32, 50, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def covered(groups):
+    return [id(p) for group in groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_layer_but_embeddings_and_head(tied):
+    model = Model(tied)
+    groups = param_groups(model, rank=4, verbose=False)
+    names = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn", "mlp", "down")]
+    assert list(groups.projected) == [*names, "conv"]
+    assert sorted(covered(groups)) == sorted(id(p) for p in model.parameters())
+    assert groups.projected["conv"] == ((24, 16, 3, 3), 4)
+    assert "embed.weight" in groups.others
+
+
+def test_targets_by_part_of_a_name_or_by_pattern():
+    model = Model()
+    assert list(galore_param_groups(model, 4).projected) == [
+        "blocks.0.attn",
+        "blocks.0.mlp",
+        "blocks.1.attn",
+        "blocks.1.mlp",
+    ]
+    pick = {"rank": 4, "verbose": False}
+    assert list(param_groups(model, targets="blocks.1.*", exclude="down", **pick).projected) == [
+        "blocks.1.attn",
+        "blocks.1.mlp",
+    ]
+    # Whoever names the head means it.
+    assert list(param_groups(model, targets="head", **pick).projected) == ["head"]
+
+
+def test_frozen_shared_and_narrow_weights():
+    model = Model()
+    model.blocks[0].attn.weight.requires_grad_(False)
+    model.blocks[1].down.weight = model.blocks[0].down.weight
+    model.blocks[1].mlp = nn.Linear(32, 4)
+    groups = param_groups(model, rank=8, verbose=False)
+    assert list(groups.projected) == ["blocks.0.mlp", "blocks.0.down", "blocks.1.attn", "conv"]
+    assert len(covered(groups)) == len(set(covered(groups)))
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert set(covered(groups)) == trainable
+
+
+def test_multihead_attention_of_torch():
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    groups = param_groups(layer, rank=2, verbose=False)
+    names = ["self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"]
+    assert list(groups.projected) == names
+
+
+def test_ranks_of_a_plan_share_one_group():
+    model = Model()
+    plan = RankPlan(
+        {
+            "blocks.0.attn": PlanEntry((32, 32), 3),
+            "blocks.0.mlp": PlanEntry((64, 32), 5),
+            "blocks.1.attn": PlanEntry((32, 32), None),
+        },
+        purpose="optimizer",
+    )
+    groups = param_groups(model, plan=plan, update_proj_gap=7, verbose=False)
+    assert len(groups) == 2
+    assert groups[0]["rank"] == [3, 5]
+    optimizer = GaLoreAdamW(groups)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state[model.blocks[0].mlp.weight]["exp_avg"].shape == (64, 5)
+    assert optimizer.param_groups[0]["update_proj_gap"] == 7
+    with pytest.raises(PlanError, match="optimizer"):
+        param_groups(model, plan=RankPlan(dict(plan)), verbose=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_bits", [32, 8])
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdafactor])
+def test_memory_table_equals_what_is_allocated(kind, state_bits, dtype):
+    options = {"state_bits": state_bits} if kind is GaLoreAdamW else {"beta1": 0.9}
+    model = Model().to(dtype)
+    groups = param_groups(model, kind, rank=4, verbose=False)
+    table = groups.memory(**options)
+    assert memory_table(kind(groups, **options)).rows == table.rows
+    optimizer = kind(groups, **options)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    row = dict(zip(table.columns, table.rows[-1], strict=True))
+    numbers = sum(p.numel() for p in model.parameters())
+    assert row["part"] == "all"
+    assert row["parameters"] == numbers
+    assert row["weights"] == row["gradients"] == numbers * dtype.itemsize
+    assert row["optimizer state"] == state_bytes(optimizer)
+    adamw = torch.optim.AdamW(model.parameters())
+    adamw.step()
+    assert row["AdamW's state"] == state_bytes(adamw)
+
+
+def test_report_is_printed(capsys):
+    groups = param_groups(Model(), rank=4)
+    printed = capsys.readouterr().out
+    assert printed == f"{groups}\n"
+    assert "blocks.*.mlp" in printed
+    assert "2 x (64, 32), rank 4" in printed
+    assert "| projected |" in printed
+    assert "KiB" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either rank= .* or plan="),
+        ({"rank": 4, "plan": RankPlan({}, purpose="optimizer")}, "either rank= .* or plan="),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 4, "targets": "attention"}, r"nothing to project.*blocks\.0\.attn"),
+        ({"rank": 4, "exclude": "lm_head"}, "no layer is named like 'lm_head'"),
+        ({"rank": 1000}, "no layer wider than rank 1000"),
+        ({"rank": 4, "gap": 3}, "have no 'gap'.*update_proj_gap"),
+        ({"rank": 4, "optimizer": torch.optim.AdamW}, "not a class of fullrank"),
+        ({"plan": RankPlan({}, purpose="optimizer")}, "no trainable weight"),
+        ({"plan": RankPlan({}, purpose="optimizer"), "targets": "mlp"}, "a plan says"),
+    ],
+)
+def test_bad_arguments_raise(options, message):
+    with pytest.raises(InputError, match=message):
+        param_groups(Model(), verbose=False, **options)
+
+
+def test_memory_of_bare_groups_needs_a_class():
+    with pytest.raises(InputError, match="kind="):
+        memory_table([{"params": [torch.zeros(3, 4)]}])

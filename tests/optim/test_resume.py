@@ -1,0 +1,163 @@
+"""Stopping at any step and continuing is bit-equal; foreign states are refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fullrank.core.errors import InputError
+from fullrank.optim import GaLoreAdafactor, GaLoreAdamW
+
+CASES = {
+    "svd": (GaLoreAdamW, {}),
+    "subspace": (GaLoreAdamW, {"refresh": "subspace"}),
+    "rotate": (GaLoreAdamW, {"moments": "rotate"}),
+    "reset": (GaLoreAdamW, {"moments": "reset"}),
+    "full": (GaLoreAdamW, {"proj_type": "full"}),
+    "8bit": (GaLoreAdamW, {"state_bits": 8, "min_8bit_size": 1}),
+    "adafactor": (GaLoreAdafactor, {"beta1": 0.9}),
+}
+
+
+def build(case, dtype):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12)).to(dtype)
+    kind, options = CASES[case]
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    group = {"params": weights, "rank": 3, "update_proj_gap": 3}
+    return model, kind([group, {"params": others}], weight_decay=0.01, **options)
+
+
+def advance(model, optimizer, steps):
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if t == 4:
+            model[0].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_continuing_is_bit_equal_at_every_step(case, dtype):
+    whole, optimizer = build(case, dtype)
+    advance(whole, optimizer, range(9))
+    for stop in range(9):
+        first, optimizer_1 = build(case, dtype)
+        advance(first, optimizer_1, range(stop))
+        second, optimizer_2 = build(case, dtype)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        optimizer_2.load_state_dict(through_a_file(optimizer_1.state_dict()))
+        advance(second, optimizer_2, range(stop, 9))
+        for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b), stop
+            for name, value in optimizer.state[a].items():
+                other = optimizer_2.state[b][name]
+                assert value.dtype == other.dtype
+                assert torch.equal(value, other)
+
+
+def test_loading_copies():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    twin, other = build("svd", torch.float32)
+    other.load_state_dict(state)
+    before = copy.deepcopy(state)
+    advance(twin, other, range(2, 4))
+    loaded = other.state_dict()["state"][0]
+    assert not torch.equal(loaded["exp_avg"], before["state"][0]["exp_avg"])
+    assert torch.equal(state["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_hooks_of_users_run_around_loading():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    _, other = build("svd", torch.float32)
+    found = []
+
+    def before(_, state):
+        state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"] * 2
+        return state
+
+    other.register_load_state_dict_pre_hook(before)
+    other.register_load_state_dict_post_hook(
+        lambda o: found.append(o.state[o.param_groups[0]["params"][0]]["exp_avg"])
+    )
+    mean = optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].clone()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(found[0], 2 * mean)
+
+
+def test_copies_of_an_optimizer_work():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    advance(model, optimizer, range(2, 5))
+    advance(twin_model, twin, range(2, 5))
+    for a, b in zip(model.parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_another_optimizer_is_refused():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    foreign = torch.optim.AdamW(groups, lr=0.1)
+    foreign.step()
+    with pytest.raises(InputError, match="another optimizer"):
+        optimizer.load_state_dict(foreign.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert torch.equal(before["state"][0]["exp_avg"], after["state"][0]["exp_avg"])
+    advance(model, optimizer, range(2, 5))
+
+
+def test_state_of_other_shapes_is_refused():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    other = nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 12))
+    weights = [p for p in other.parameters() if p.dim() == 2]
+    biases = [p for p in other.parameters() if p.dim() < 2]
+    wider = GaLoreAdamW([{"params": weights, "rank": 3}, {"params": biases}])
+    with pytest.raises(InputError, match=r"exp_avg of parameter 0 of group 0.*expected \(24, 3\)"):
+        wider.load_state_dict(optimizer.state_dict())
+
+
+def test_a_missing_tensor_is_named():
+    model, optimizer = build("svd", torch.float32)
+    advance(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][1]["basis_left"]
+    with pytest.raises(InputError, match="basis_left"):
+        optimizer.load_state_dict(state)
+
+
+def test_distributed_checkpoint_allocates_without_refreshing(tmp_path):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = build("subspace", torch.float32)
+    advance(model, optimizer, range(4))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "step")
+    twin, other = build("subspace", torch.float32)
+    weights, state = get_state_dict(twin, other)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "step")
+    set_state_dict(twin, other, model_state_dict=weights, optim_state_dict=state)
+    advance(model, optimizer, range(4, 9))
+    advance(twin, other, range(4, 9))
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
