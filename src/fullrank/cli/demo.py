@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,8 @@ def demo(
     }
     config = DemoConfig.small(out, **changes) if quick else DemoConfig(out=out, **changes)  # type: ignore[arg-type]
     outcome = run_demo(config)
-    console = Console()
+    # Wide enough for its tables where the output is no terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     for table in outcome.tables():
         console.print(table)
         console.print()

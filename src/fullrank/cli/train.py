@@ -59,6 +59,9 @@ def encoder(
     metric: Annotated[
         str, typer.Option(help="Measured on the dev part; the best weights are kept.")
     ] = "nDCG@10",
+    patience: Annotated[
+        int, typer.Option(help="End after so many evaluations without a new best; 0: never.", min=0)
+    ] = 3,
     freeze_embeddings: Annotated[
         bool, typer.Option(help="Leave the token embeddings as they are.")
     ] = True,
@@ -83,6 +86,7 @@ def encoder(
         max_tokens=max_tokens,
         hard_negatives=hard_negatives,
         metric=metric,
+        patience=patience or None,
         freeze_embeddings=freeze_embeddings,
         device=device,
         seed=seed,

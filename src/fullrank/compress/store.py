@@ -17,6 +17,7 @@ from fullrank.compress.batches import is_sentence_transformer
 from fullrank.compress.factorization import describe, factorised, mark, replace_modules, shell_for
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
+from fullrank.core.models import quiet_transformers
 from fullrank.core.names import canonical_name
 
 _PLAIN = "fullrank.json"
@@ -130,13 +131,13 @@ def _new_folder(folder: str | Path) -> Path:
 def _write(model: nn.Module, folder: Path) -> None:
     mark(model)
     writer: Any = getattr(model, "save_pretrained", None)
-    if is_sentence_transformer(model):
-        # Its model card names a temporary folder and fetches nothing we need.
-        writer(str(folder), create_model_card=False)
-    elif writer is not None:
-        writer(str(folder))
-    else:
+    if writer is None:
         _write_plain(model, folder)
+        return
+    # The card of a SentenceTransformer names a temporary folder and says nothing we need.
+    options = {"create_model_card": False} if is_sentence_transformer(model) else {}
+    with quiet_transformers():
+        writer(str(folder), **options)
 
 
 def _write_plain(model: nn.Module, folder: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fullrank.core.models import DEFAULT_ENCODER as DEFAULT_ENCODER
     from fullrank.core.models import load_model as load_model
     from fullrank.core.models import load_sentence_transformer as load_sentence_transformer
+    from fullrank.core.models import quiet_transformers as quiet_transformers
     from fullrank.core.models import resolve_model as resolve_model
     from fullrank.core.moments import Moments as Moments
     from fullrank.core.names import canonical_name as canonical_name
@@ -45,7 +46,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["Ranking", "Run", "StageTrace"], "run"),
         **dict.fromkeys(["canonical_name", "model_fingerprint", "named_linears"], "names"),
         **dict.fromkeys(
-            ["DEFAULT_ENCODER", "load_model", "load_sentence_transformer", "resolve_model"],
+            [
+                "DEFAULT_ENCODER",
+                "load_model",
+                "load_sentence_transformer",
+                "quiet_transformers",
+                "resolve_model",
+            ],
             "models",
         ),
         **dict.fromkeys(

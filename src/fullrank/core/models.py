@@ -85,7 +85,7 @@ def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
     if not Path(source).is_dir():
         _check_hub(source)
     try:
-        with _quiet():
+        with quiet_transformers():
             return load(source)
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -130,8 +130,8 @@ def _check_hub(name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars meanwhile: loading takes a moment, not minutes."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars: loading and saving take a moment, not minutes."""
     logging = require("transformers.utils.logging", extra="hf")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,52 @@
+"""Recovery whose result is kept: the weights it reached, by the plan and what made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from fullrank.compress import Distillation
+from fullrank.compress.factorization import factorised
+from fullrank.core.files import atomic_write
+from fullrank.demo.cache import Cache
+
+
+class CachedRecovery:
+    """Fine-tunes a factorised model, or loads what that gave the last time.
+
+    Parameters
+    ----------
+    distillation
+        What to do where nothing is kept.
+    cache
+        Where weights are kept.
+    source
+        JSON values that say what the result depends on beside ranks and settings: the teacher
+        and the texts.
+    """
+
+    def __init__(self, distillation: Distillation, cache: Cache, source: Any) -> None:
+        self._distillation, self._cache, self._source = distillation, cache, source
+
+    def __call__(self, student: nn.Module) -> None:
+        """Recover the student, in place."""
+        settings = self._distillation
+        ranks = [(name, layer.rank, layer.method) for name, layer in factorised(student)]
+        key = self._cache.key(
+            "recovered", self._source, ranks, settings.steps, settings.lr, settings.seed
+        )
+        if self._cache.folder is None:
+            settings(student)
+            return
+        path = self._cache.folder / f"{key}.safetensors"
+        try:
+            student.load_state_dict(load_file(path))
+            self._cache.hits += 1
+        except (OSError, SafetensorError, RuntimeError):
+            settings(student)
+            tensors = {n: t.detach().contiguous() for n, t in student.state_dict().items()}
+            atomic_write(path, safetensors_bytes(tensors))

@@ -1,0 +1,222 @@
+"""The demo's steps, one function each, in the order in which they run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fullrank.compress import Batches, CalibrationStats, Candidate, Distillation, PlanFamily, Shrunk
+from fullrank.compress import shrink as search_smallest
+from fullrank.compress.targets import factorisable
+from fullrank.core.corpus import Corpus
+from fullrank.datasets import Dataset, pydocs
+from fullrank.demo.cache import Cache, Vectors
+from fullrank.demo.config import DemoConfig
+from fullrank.demo.recovery import CachedRecovery
+from fullrank.evaluate import FloorTest, floor_test, smallest_floor
+from fullrank.retrieval import Encoder, RankingMetric
+from fullrank.training import EncoderTraining, TrainedEncoder, train_encoder
+
+METRIC = "nDCG@10"
+# Tokens of a text in training, calibration and recovery.
+SHORT = 64
+
+
+def collect(config: DemoConfig) -> Dataset:
+    """Read the documentation of the packages on this machine."""
+    return pydocs(size=config.size, every=config.every, quick=config.quick, seed=config.seed)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoder with the vectors of all documents."""
+
+    encoder: Encoder
+    vectors: Vectors
+
+
+class Encoding:
+    """Encodes documents, keeping the vectors for the next run."""
+
+    def __init__(self, cache: Cache, corpus: Corpus, tokens: int, progress: bool) -> None:
+        self._cache, self._corpus = cache, corpus
+        self._tokens, self._progress = tokens, progress
+
+    def __call__(self, model: Any) -> Encoded:
+        """Encode the corpus with a model."""
+        encoder = Encoder(model, max_tokens=self._tokens)
+        return Encoded(encoder, self.vectors(encoder, self._corpus.contents))
+
+    def vectors(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
+        """Encode texts, unless the same encoder has done so before."""
+        key = self._cache.key("vectors", encoder.key, self._corpus.fingerprint, len(texts))
+        return self._cache.array(key, lambda: encoder.encode(texts, progress=self._progress))
+
+    def metric(self, part: Dataset) -> RankingMetric:
+        """Return nDCG@10 of a model's dense ranking on a part's queries."""
+        return RankingMetric(
+            METRIC,
+            part.corpus,
+            part.queries,
+            part.qrels,
+            exclude=part.exclude,
+            max_tokens=self._tokens,
+            encode=self.vectors,
+        )
+
+
+def train(config: DemoConfig, data: Dataset, cache: Cache, progress: bool) -> TrainedEncoder:
+    """Fine-tune the encoder on the train part; a run that was interrupted goes on."""
+    settings = EncoderTraining(
+        seconds=config.seconds,
+        max_steps=config.max_steps,
+        max_tokens=SHORT if not config.quick else 32,
+        batch_size=32 if not config.quick else 8,
+        dev_tokens=config.tokens,
+        evaluations=5 if not config.quick else 2,
+        seed=config.seed,
+    )
+    key = cache.key(
+        "tuned", config.encoder, data.manifest["sha256"], dict(data.parts), settings.as_dict()
+    )
+    assert cache.folder is not None
+    return train_encoder(
+        config.encoder, data, settings, out=cache.folder / f"tuned-{key}", progress=progress
+    )
+
+
+def calibration_texts(config: DemoConfig, data: Dataset) -> list[str]:
+    """Texts that say how the layers are used: half train queries, half documents."""
+    draw = random.Random(config.seed)
+    queries = sorted(data.split("train").queries.values())
+    half = min(config.calibration // 2, len(queries))
+    documents = draw.sample(data.corpus.contents, min(config.calibration - half, len(data.corpus)))
+    return draw.sample(queries, half) + documents
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """The search for the smallest model, and the usual way beside it.
+
+    Attributes
+    ----------
+    found
+        The search on the development queries.
+    uniform
+        Uniform ranks, one shot: share of the parameters -> ratio and its lower end, on the same
+        queries.
+    decidable
+        The floor nearest to 1 that so many queries can decide.
+    """
+
+    found: Shrunk
+    uniform: tuple[UniformPoint, ...]
+    decidable: float
+
+
+@dataclass(frozen=True)
+class UniformPoint:
+    """One size of the uniform one-shot curve."""
+
+    kept: float
+    ratio: float
+    lower: float
+
+
+def shrink(
+    config: DemoConfig,
+    data: Dataset,
+    tuned: Encoded,
+    encoding: Encoding,
+    cache: Cache,
+    progress: bool,
+) -> Shrinking:
+    """Find the smallest plan that keeps the floor on dev, and measure the uniform curve."""
+    dev = data.split("dev")
+    metric = encoding.metric(dev)
+    clusters = [dev.clusters[q] for q in metric.queries]
+    texts = calibration_texts(config, data)
+    model = tuned.encoder.model
+    batches = list(Batches(model, texts, max_length=SHORT))
+    stats = CalibrationStats(factorisable(model), gradients=True)
+    stats.observe(model, Batches(model, batches), progress=progress, seed=config.seed)
+    recovery = CachedRecovery(
+        Distillation(
+            model, batches, steps=config.recovery_steps, seed=config.seed, progress=progress
+        ),
+        cache,
+        [tuned.encoder.key, texts],
+    )
+    found = search_smallest(
+        model,
+        metric,
+        config.floor,
+        calibration=stats,
+        clusters=clusters,
+        recover=recovery,
+        max_candidates=config.candidates,
+        progress=progress,
+        seed=config.seed,
+    )
+    reference = metric(model)
+    chosen = metric(found.model)
+    return Shrinking(
+        found,
+        _uniform_curve(config, model, stats, metric, reference, clusters),
+        smallest_floor(chosen, reference, clusters=clusters, seed=config.seed),
+    )
+
+
+def _uniform_curve(
+    config: DemoConfig,
+    model: Any,
+    stats: CalibrationStats,
+    metric: RankingMetric,
+    reference: npt.NDArray[np.float64],
+    clusters: list[str],
+) -> tuple[UniformPoint, ...]:
+    family = PlanFamily(model, stats, method="output_pca", allocation="uniform")
+    points = []
+    for share in config.uniform:
+        plan = family.plan(share)
+        test = floor_test(
+            metric(family.build(plan)), reference, config.floor, clusters=clusters, seed=config.seed
+        )
+        points.append(UniformPoint(plan.savings().kept, test.ratio, test.lower))
+    return tuple(points)
+
+
+def confirm_floor(
+    config: DemoConfig, data: Dataset, tuned: Any, shrunk: Any, encoding: Encoding
+) -> tuple[FloorTest, float]:
+    """Test the floor once on queries that took no part in the choice.
+
+    Returns
+    -------
+    test, decidable
+        The outcome, and the floor nearest to 1 that so many queries can decide.
+    """
+    test = data.split("test")
+    metric = encoding.metric(test)
+    clusters = [test.clusters[q] for q in metric.queries]
+    values, base = metric(shrunk), metric(tuned)
+    return (
+        floor_test(values, base, config.floor, clusters=clusters, seed=config.seed),
+        smallest_floor(values, base, clusters=clusters, seed=config.seed),
+    )
+
+
+def chosen_candidate(found: Shrunk) -> Candidate:
+    """Return the measured candidate whose plan was chosen."""
+    return next(c for c in found.curve if c.plan == found.plan)
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files of a model."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
