@@ -12,6 +12,9 @@ from fullrank._version import __version__
 from fullrank.cli import demo, methods, order, see, serve, shrink, train
 from fullrank.core.errors import FullrankError
 
+# What a shell reports for a command that Ctrl-C ended.
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="fullrank",
     no_args_is_help=True,
@@ -57,27 +60,24 @@ def main() -> NoReturn:
     # Accepted anywhere on the line, not just before the command.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        code = app(args=arguments, prog_name="fullrank", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        returned = app(args=arguments, prog_name="fullrank", standalone_mode=False)
+        code = returned if isinstance(returned, int) else 0
     except Exception as error:
-        if debug and not isinstance(error, typer.Exit):
+        if debug:
             raise
-        sys.exit(_report(error))
+        code = _report(error)
     except KeyboardInterrupt:
+        code = _INTERRUPTED
+    # Typer may have turned Ctrl-C into this code already.
+    if code == _INTERRUPTED:
         typer.echo("interrupted; what was finished is kept, run the command again", err=True)
-        sys.exit(130)
+    sys.exit(code)
 
 
 def _report(error: Exception) -> int:
     """Say what went wrong in one line; return the exit code."""
-    import click
-
-    if isinstance(error, typer.Exit):
-        return error.exit_code
-    if isinstance(error, (typer.Abort, click.exceptions.Abort)):
-        # Typer turns Ctrl-C into this.
-        typer.echo("interrupted; what was finished is kept, run the command again", err=True)
-        return 130
+    if type(error).__name__ == "Abort":
+        return _INTERRUPTED
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         error.show()
         return int(error.exit_code)

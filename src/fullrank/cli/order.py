@@ -93,7 +93,7 @@ def search(
     if queries is not None and out is None:
         raise InputError("--queries needs --out, the run file to write")
     opened = Index.open(index)
-    asked = read_queries(queries) if queries is not None else {"q": query or ""}
+    asked = read_queries(queries) if queries is not None else query or ""
     run = opened.search(asked, k=k, system=system, where=_filters(where))
     console = Console()
     if out is not None:

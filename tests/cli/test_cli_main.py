@@ -1,0 +1,87 @@
+"""The root command: help, version, the catalogue, and what becomes of errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fullrank._version import __version__
+from fullrank.catalogue import METHODS, VERBS, get
+from fullrank.cli import main as cli
+from fullrank.core.errors import InputError
+
+
+def test_help_teaches_every_command(fullrank):
+    shown = fullrank("--help")
+    assert shown.code == 0
+    for command in ("see", "train", "shrink", "order", "serve", "demo", "methods"):
+        assert command in shown.out
+        assert fullrank(command, "--help").code == 0
+
+
+def test_version(fullrank):
+    assert fullrank("--version").out.strip() == f"fullrank {__version__}"
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['fullrank', '--help']\n"
+        "from fullrank.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'lancedb', 'fastapi'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_catalogue_is_complete(fullrank):
+    assert len(METHODS) == len({m.slug for m in METHODS}) == 40
+    assert {m.verb for m in METHODS} == set(VERBS)
+    assert get("galore").available
+    assert get("lord").available
+    assert not get("fira").available
+    with pytest.raises(KeyError, match="galore"):
+        get("gallore")
+    shown = fullrank("methods", "train")
+    assert shown.code == 0
+    assert "galore" in shown.out
+    assert "rankme" not in shown.out
+    assert "fira" not in fullrank("methods", "--no-planned").out
+    assert fullrank("methods", "sing").code == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (InputError("give a folder"), 2, "fullrank: give a folder"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line_without_traceback(fullrank, monkeypatch, raised, code, said):
+    monkeypatch.setattr("fullrank.catalogue.METHODS", _Failing(raised))
+    found = fullrank("methods")
+    assert found.code == code
+    assert said in found.err
+    assert "Traceback" not in found.err
+
+
+class _Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        raise self.error
+
+
+def test_debug_keeps_the_traceback(monkeypatch):
+    monkeypatch.setattr("fullrank.catalogue.METHODS", _Failing(InputError("bad")))
+    monkeypatch.setattr(sys, "argv", ["fullrank", "methods", "--debug"])
+    with pytest.raises(InputError):
+        cli.main()
+
+
+def test_unknown_options_and_commands_exit_with_2(fullrank):
+    assert fullrank("nonsense").code == 2
+    assert fullrank("methods", "--nonsense").code == 2

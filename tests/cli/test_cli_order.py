@@ -1,0 +1,113 @@
+"""`fullrank order` on files: index, search, evaluate, and bad input."""
+
+import json
+
+import pytest
+
+TEXTS = {
+    "apple": "Apples are fruit that grow on trees.",
+    "pear": "Pears are fruit too, and softer than apples.",
+    "matrix": "A matrix has rows, columns and a rank.",
+    "svd": "The singular value decomposition of a matrix.",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    lines = [json.dumps({"id": i, "text": t, "kind": i[0]}) for i, t in TEXTS.items()]
+    (folder / "docs.jsonl").write_text("\n".join(lines))
+    (folder / "queries.tsv").write_text("q1\tfruit on trees\nq2\tdecompose a matrix\n")
+    (folder / "qrels.txt").write_text("q1 0 apple 1\nq2 0 svd 1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(files):
+    from fullrank.datasets import jsonl
+    from fullrank.retrieval import Index
+
+    Index.create(files / "docs.index", jsonl(files / "docs.jsonl"), None, progress=False)
+    return files / "docs.index"
+
+
+def test_index_search_evaluate(fullrank, files, tmp_path):
+    made = fullrank("order", "index", files / "docs.jsonl", "--out", tmp_path / "i")
+    assert made.code == 0, made
+    assert "4 documents" in made.out
+    shown = fullrank("order", "search", tmp_path / "i", "decomposition of matrices", "-k", 2)
+    assert shown.code == 0, shown
+    assert "svd" in shown.out
+    for system in ("bm25", "dense"):
+        run = tmp_path / f"{system}.run"
+        found = fullrank(
+            "order", "search", tmp_path / "i", "--queries", files / "queries.tsv",
+            "--system", system, "--out", run,
+        )  # fmt: skip
+        assert found.code == 0, found
+    one = fullrank("order", "evaluate", tmp_path / "dense.run", files / "qrels.txt")
+    assert one.code == 0, one
+    assert "nDCG@10" in one.out
+    both = fullrank(
+        "order", "evaluate", tmp_path / "bm25.run", tmp_path / "dense.run", files / "qrels.txt",
+        "--metric", "RR", "--markdown", "--per-query", tmp_path / "each.tsv",
+    )  # fmt: skip
+    assert both.code == 0, both
+    assert "| dense |" in both.out
+    assert len((tmp_path / "each.tsv").read_text().splitlines()) == 5
+
+
+def test_documents_are_added(fullrank, files, tmp_path):
+    from fullrank.datasets import jsonl
+    from fullrank.retrieval import Index
+
+    Index.create(tmp_path / "i", jsonl(files / "docs.jsonl"), None, progress=False)
+    (tmp_path / "more.jsonl").write_text(json.dumps({"id": "plum", "text": "A plum is small."}))
+    added = fullrank("order", "index", tmp_path / "more.jsonl", "--out", tmp_path / "i", "--add")
+    assert added.code == 0, added
+    assert "5 documents" in added.out
+    assert "plum" in fullrank("order", "search", tmp_path / "i", "plum").out
+
+
+def test_filters(fullrank, index):
+    shown = fullrank("order", "search", index, "fruit matrix", "--where", "kind=m")
+    assert shown.code == 0, shown
+    assert "matrix" in shown.out
+    assert "apple" not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["search", "{index}"], "either a query or --queries"),
+        (["search", "{index}", ""], "the query is empty"),
+        (["search", "{index}", "x", "--system", "magic"], "no system 'magic'"),
+        (["search", "{index}", "x", "--where", "kind"], "FIELD=VALUE"),
+        (["search", "{files}", "x"], "no fullrank index"),
+        (["search", "{files}/absent", "x"], "absent"),
+        (["index", "{files}/absent.jsonl"], "absent.jsonl"),
+        (["index", "{files}/empty.jsonl"], "empty"),
+        (["index", "{files}/docs.jsonl", "--out", "{files}"], "{files}"),
+        (["evaluate", "{files}/qrels.txt"], "a run file and a qrels file"),
+        (["evaluate", "{files}/docs.jsonl", "{files}/qrels.txt"], "expected 'qid Q0 docid"),
+    ],
+)
+def test_bad_input_is_one_clear_line(fullrank, files, index, arguments, said):
+    (files / "empty.jsonl").write_text("")
+    given = [a.format(index=index, files=files) for a in arguments]
+    found = fullrank("order", *given)
+    assert found.code == 2, found
+    assert said.format(files=files) in found.err
+    assert "Traceback" not in found.err
+
+
+def test_a_damaged_index_is_said_to_be_damaged(fullrank, files, tmp_path):
+    from fullrank.datasets import jsonl
+    from fullrank.retrieval import Index
+
+    Index.create(tmp_path / "i", jsonl(files / "docs.jsonl"), None, progress=False)
+    victim = next((tmp_path / "i").rglob("data.npy"))
+    victim.write_bytes(victim.read_bytes()[:-8])
+    found = fullrank("order", "search", tmp_path / "i", "fruit")
+    assert found.code == 2, found
+    assert "damaged" in found.err
