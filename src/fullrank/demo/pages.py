@@ -49,10 +49,11 @@ def _results(outcome: Outcome) -> Section:
             "its ranking, and the documents its See Also section names are what should be found."
         )
         .text(
-            "feedback reranks the dense ranking's first 100 by a pseudo-query; rrf and weighted fuse "
-            f"it with BM25. Weights were chosen on the dev queries: {outcome.settings.dense_weight:g} for the "
-            f"dense ranking in the weighted fusion, {outcome.settings.feedback_weight:g} for the "
-            f"mean of the first {outcome.settings.feedback_documents} documents in the feedback."
+            "feedback reranks the dense ranking's first 100 by a pseudo-query; rrf and weighted "
+            "fuse it with BM25. Weights were chosen on the dev queries: "
+            f"{outcome.settings.dense_weight:g} for the dense ranking in the weighted fusion, "
+            f"{outcome.settings.feedback_weight:g} for the mean of the first "
+            f"{outcome.settings.feedback_documents} documents in the feedback."
         )
         .table(sizes_table(outcome.sizes))
         .table(outcome.latency)
@@ -167,7 +168,7 @@ def _shrinking(outcome: Outcome) -> Section:
         )
         .table(found.table())
         .text(
-            f"Chosen on dev: {chosen.kept:.1%} of the linear parameters "
+            f"{_verdict(outcome)} {chosen.kept:.1%} of the linear parameters "
             f"({chosen.linear_parameters:,}; {chosen.parameters:,} with the token embeddings). "
             f"Tested once on test: it {outcome.floor}. The strictest floor that an equally good "
             f"model would pass is {outcome.shrinking.decidable:.1%} with the dev queries and "
@@ -177,6 +178,12 @@ def _shrinking(outcome: Outcome) -> Section:
         .table(layers)
         .raw("</details>")
     )
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.shrinking.found.floor_test.holds:
+        return "Chosen on dev:"
+    return "No plan that was measured holds the floor on dev; the one that came closest:"
 
 
 def _examples(outcome: Outcome) -> Section:

@@ -76,8 +76,6 @@ def run_demo(
     ------
     StoreError
         When the folder holds something that is no demo.
-    FloorError
-        When no plan that was measured keeps the floor.
     """
     config = config or DemoConfig()
     target = config.out
@@ -132,6 +130,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
         found = shrinking.found
         chosen = steps.chosen_candidate(found)
         clock.note(
+            f"{'' if chosen.holds else 'no plan measured holds the floor; the closest '}"
             f"keeps {chosen.kept:.1%} of the linear parameters and {chosen.ratio:.2%} of dev "
             f"nDCG@10 (lower end {chosen.lower:.2%})"
         )

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fullrank.compress import Batches, CalibrationStats, Candidate, Distillation, PlanFamily, Shrunk
+from fullrank.compress import (
+    Batches,
+    CalibrationStats,
+    Candidate,
+    Distillation,
+    FloorError,
+    PlanFamily,
+    Shrunk,
+)
 from fullrank.compress import shrink as search_smallest
 from fullrank.compress.targets import factorisable
 from fullrank.core.corpus import Corpus
@@ -153,23 +161,35 @@ def shrink(
         cache,
         [tuned.encoder.key, texts],
     )
-    found = search_smallest(
-        model,
-        metric,
-        config.floor,
-        calibration=stats,
-        clusters=clusters,
-        recover=recovery,
-        max_candidates=config.candidates,
-        progress=progress,
-        seed=config.seed,
-    )
     reference = metric(model)
-    chosen = metric(found.model)
+    try:
+        found = search_smallest(
+            model,
+            metric,
+            config.floor,
+            calibration=stats,
+            clusters=clusters,
+            recover=recovery,
+            max_candidates=config.candidates,
+            progress=progress,
+            seed=config.seed,
+        )
+    except FloorError as error:
+        # The report then says that none holds it, and shows the one that came closest.
+        if error.best is None:
+            raise
+        small = PlanFamily(model, stats).build(error.best.plan)
+        recovery(small)
+        test = floor_test(
+            metric(small), reference, config.floor, clusters=clusters, seed=config.seed
+        )
+        found = Shrunk(
+            small, error.best.plan, error.curve, test, config.floor, True, float(reference.mean())
+        )
     return Shrinking(
         found,
         _uniform_curve(config, model, stats, metric, reference, clusters),
-        smallest_floor(chosen, reference, clusters=clusters, seed=config.seed),
+        smallest_floor(metric(found.model), reference, clusters=clusters, seed=config.seed),
     )
 
 
