@@ -78,4 +78,4 @@ def _xray(name: str, sampled: bool) -> XRay:
 
     transformers = require("transformers", extra="hf")
     loaded = load_model(name, transformers.AutoModel.from_pretrained)
-    return xray(loaded, accuracy="sampled" if sampled else "exact")
+    return xray(loaded, accuracy="sampled" if sampled else "exact", name=name)

@@ -1,0 +1,43 @@
+"""See: spectra and effective ranks of weights and embeddings, and the X-ray of a model."""
+
+from typing import TYPE_CHECKING
+
+from fullrank._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fullrank.core.plan import RankPlan as RankPlan
+    from fullrank.spectra.callback import RankMeCallback as RankMeCallback
+    from fullrank.spectra.matrix_spectrum import MatrixSpectrum as MatrixSpectrum
+    from fullrank.spectra.measures import effective_rank as effective_rank
+    from fullrank.spectra.measures import energy_rank as energy_rank
+    from fullrank.spectra.measures import nuclear_norm as nuclear_norm
+    from fullrank.spectra.measures import participation_ratio as participation_ratio
+    from fullrank.spectra.measures import stable_rank as stable_rank
+    from fullrank.spectra.rankme import RankMeMeter as RankMeMeter
+    from fullrank.spectra.rankme import rankme as rankme
+    from fullrank.spectra.rankme import select_by_rankme as select_by_rankme
+    from fullrank.spectra.spectrum import Spectrum as Spectrum
+    from fullrank.spectra.xray import XRay as XRay
+    from fullrank.spectra.xray import xray as xray
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        **dict.fromkeys(
+            [
+                "effective_rank",
+                "energy_rank",
+                "nuclear_norm",
+                "participation_ratio",
+                "stable_rank",
+            ],
+            "measures",
+        ),
+        **dict.fromkeys(["RankMeMeter", "rankme", "select_by_rankme"], "rankme"),
+        **dict.fromkeys(["XRay", "xray"], "xray"),
+        "MatrixSpectrum": "matrix_spectrum",
+        "RankMeCallback": "callback",
+        "RankPlan": "plan",
+        "Spectrum": "spectrum",
+    },
+)

@@ -1,0 +1,69 @@
+"""What every function here asks of its input, and in which dtype it then works."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Seed = torch.Generator | int | None
+"""A generator on the matrix's device, a seed, or None for the global generator."""
+
+
+def check_matrix(matrix: Tensor, what: str = "matrix") -> None:
+    """Raise unless this is a non-empty, finite, real floating-point matrix.
+
+    Raises
+    ------
+    ValueError
+        Otherwise; the message says what it is.
+    """
+    if matrix.ndim != 2:
+        raise ValueError(f"the {what} has shape {tuple(matrix.shape)}; expected two dimensions")
+    if matrix.numel() == 0:
+        raise ValueError(f"the {what} of shape {tuple(matrix.shape)} is empty")
+    if not matrix.is_floating_point():
+        raise ValueError(f"the {what} is of {matrix.dtype}; convert it to a floating-point dtype")
+    if not math.isfinite(largest_magnitude(matrix)):
+        raise ValueError(f"the {what} holds NaN or infinite values")
+
+
+def largest_magnitude(matrix: Tensor) -> float:
+    """Largest ``|entry|``, NaN if there is one: no temporary of the size of the matrix.
+
+    >>> largest_magnitude(torch.tensor([[1.0, -3.0]]))
+    3.0
+    """
+    low, high = torch.aminmax(matrix.detach())
+    return max(-float(low), float(high)) if low == low else math.nan
+
+
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Raise unless ``1 <= rank <= min(shape)``."""
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank {rank} for a matrix {tuple(shape)}; expected 1 to {min(shape)}")
+
+
+def working(matrix: Tensor) -> Tensor:
+    """Return the matrix, detached, in the dtype factorisations run in: float32 at least."""
+    detached = matrix.detach()
+    return detached if detached.dtype == torch.float64 else detached.float()
+
+
+def double(matrix: Tensor) -> Tensor:
+    """Return the matrix, detached, in float64; on the CPU where the device has none (MPS)."""
+    detached = matrix.detach()
+    return (detached.cpu() if detached.device.type == "mps" else detached).to(torch.float64)
+
+
+def gaussian(rows: int, columns: int, like: Tensor, seed: Seed) -> Tensor:
+    """Draw a ``(rows, columns)`` standard normal matrix with the dtype and device of ``like``."""
+    generator = seed
+    if isinstance(seed, int):
+        generator = torch.Generator(like.device).manual_seed(seed)
+    assert not isinstance(generator, int)
+    # Drawn where the generator lives, so that a CPU generator serves any device.
+    device = like.device if generator is None else generator.device
+    noise = torch.randn(rows, columns, dtype=like.dtype, device=device, generator=generator)
+    return noise.to(like.device)

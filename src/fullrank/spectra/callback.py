@@ -1,0 +1,105 @@
+"""RankMe in the training log of a Hugging Face `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fullrank.core.errors import InputError, require
+from fullrank.spectra.rankme import EPS, RankMeMeter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Embed = Callable[["nn.Module"], "Iterable[Any] | Any"]
+
+
+def _measure(model: nn.Module, embed: Embed, eps: float) -> float:
+    """RankMe of what ``embed(model)`` gives, with the model in evaluation mode meanwhile."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = embed(model)
+            meter = RankMeMeter(eps, device=_reduction_device(model))
+            whole = hasattr(found, "ndim")
+            for batch in [found] if whole else found:
+                meter.update(batch)
+    finally:
+        model.train(training)
+    meter.sync()
+    return meter.compute()
+
+
+def _reduction_device(model: nn.Module) -> torch.device:
+    """Where the moment must live to be summed over processes: NCCL wants it on the GPU."""
+    distributed = torch.distributed
+    running = distributed.is_available() and distributed.is_initialized()
+    if running and distributed.get_backend() == "nccl":
+        return next(model.parameters()).device
+    return torch.device("cpu")
+
+
+def _callback_class() -> type[Any]:
+    base: Any = require("transformers", extra="hf").TrainerCallback
+
+    class RankMeCallback(base):  # type: ignore[misc, unused-ignore]
+        """Log RankMe of the embeddings at every evaluation, as ``eval/rankme``.
+
+        Parameters
+        ----------
+        embed
+            Given the model, returns embeddings ``(N, K)`` or an iterable of such batches. Use the
+            same inputs each time, and several times more of them than the width K.
+        eps
+            See :func:`~fullrank.spectra.rankme`.
+        key
+            Name in the log.
+
+        Attributes
+        ----------
+        history
+            ``(step, score)`` of every evaluation.
+
+        Notes
+        -----
+        The model is in evaluation mode while it embeds, without gradients. Over several
+        processes the samples of all count.
+        """
+
+        def __init__(self, embed: Embed, eps: float = EPS, key: str = "eval/rankme") -> None:
+            if not callable(embed):
+                raise InputError(f"embed is a {type(embed).__name__}; expected a function of model")
+            self.embed = embed
+            self.eps = eps
+            self.key = key
+            self.history: list[tuple[int, float]] = []
+
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
+            """Measure and log."""
+            score = _measure(model, self.embed, self.eps)
+            self.history.append((state.global_step, score))
+            metrics = kwargs.get("metrics")
+            if metrics is not None:
+                metrics[self.key] = score
+            state.log_history.append({self.key: score, "step": state.global_step})
+
+    RankMeCallback.__module__ = __name__
+    RankMeCallback.__qualname__ = "RankMeCallback"
+    return RankMeCallback
+
+
+def __getattr__(name: str) -> Any:
+    # The base class lives in an optional library, so the class is made when it is first asked for.
+    if name != "RankMeCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = _callback_class()
+    return value
+
+
+if TYPE_CHECKING:
+    RankMeCallback: Any

@@ -1,0 +1,185 @@
+"""Small SVG plots of spectra and of the energy that leading singular values hold."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fullrank.spectra.spectrum import Spectrum, Vector
+
+# Told apart from each other, and from a white and a near-black page.
+_COLOURS = (
+    "#3b82f6",
+    "#e8833a",
+    "#2da44e",
+    "#a371f7",
+    "#e5534b",
+    "#1ba3a3",
+    "#d6679b",
+    "#a9783c",
+    "#8f9a1f",
+    "#7d8590",
+)
+_POINTS = 72  # a line; more cannot be seen at this size
+_DECADES = 6.0  # of a singular value below the largest that are drawn
+_WIDTH, _HEIGHT = 280, 170
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 28
+
+
+def _svg(parts: Iterable[str], title: str, width: int, height: int) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" font-size="11" '
+        f'font-family="system-ui, sans-serif" aria-label="{html.escape(title)}">'
+        f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _line(points: Iterable[tuple[float, float]], stroke: str, width: float = 1.6) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="{width}" '
+        'stroke-linejoin="round"/>'
+    )
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, opacity: float, dash: str = "") -> str:
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" '
+        f'stroke-opacity="{opacity}"{dashed}/>'
+    )
+
+
+def _text(text: str, x: float, y: float, anchor: str = "middle") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor" '
+        f'fill-opacity="0.75">{html.escape(text)}</text>'
+    )
+
+
+def spectrum_svg(spectra: Mapping[str, Spectrum], *, mark: float | None = None) -> str:
+    """Plot singular values relative to the largest, on two logarithmic axes.
+
+    Parameters
+    ----------
+    spectra
+        Name -> spectrum, one line each; two show before and after.
+    mark
+        Rank to mark by a dashed line, e.g. the effective rank.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element without scripts, styles or references.
+    """
+    longest = max(len(spectrum) for spectrum in spectra.values())
+    decades_x = math.log10(longest) or 1.0
+    depth = max(1.0, *(_depth(spectrum.relative) for spectrum in spectra.values()))
+    inner = _WIDTH - _LEFT - _RIGHT
+    tall = _HEIGHT - _TOP - _BOTTOM
+
+    def x(rank: float) -> float:
+        return _LEFT + inner * math.log10(rank) / decades_x
+
+    def y(value: float) -> float:
+        return _TOP + tall * min(-math.log10(max(value, 1e-300)) / depth, 1.0)
+
+    parts = []
+    for decade in range(math.floor(depth) + 1):
+        parts.append(_rule(_LEFT, y(10.0**-decade), _WIDTH - _RIGHT, y(10.0**-decade), 0.18))
+        parts.append(_text(_power(-decade), _LEFT - 5, y(10.0**-decade) + 4, "end"))
+    for decade in range(math.floor(decades_x) + 1):
+        parts.append(_rule(x(10.0**decade), _TOP, x(10.0**decade), _HEIGHT - _BOTTOM, 0.18))
+        parts.append(_text(str(10**decade), x(10.0**decade), _HEIGHT - _BOTTOM + 14))
+    if mark is not None and mark >= 1:
+        parts.append(_rule(x(mark), _TOP, x(mark), _HEIGHT - _BOTTOM, 0.7, "3 3"))
+    for (_, spectrum), tint in zip(spectra.items(), _tints(len(spectra)), strict=True):
+        picked = _log_spaced(len(spectrum))
+        relative = spectrum.relative
+        parts.append(_line(((x(i + 1), y(relative[i])) for i in picked), tint))
+    return _svg(parts, f"singular values of {', '.join(spectra)}", _WIDTH, _HEIGHT)
+
+
+def energy_svg(groups: Mapping[str, Sequence[Spectrum]]) -> str:
+    """Plot the share of energy that a share of the rank holds; one line a matrix.
+
+    Parameters
+    ----------
+    groups
+        Name of a group (such as a projection) -> its spectra. A group has one colour.
+    """
+    width, height = 560, 300
+    inner, tall = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
+    parts = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        level = _TOP + tall * (1 - share)
+        parts.append(_rule(_LEFT, level, width - _RIGHT, level, 0.18))
+        parts.append(_text(f"{share:.0%}", _LEFT - 5, level + 4, "end"))
+        at = _LEFT + inner * share
+        parts.append(_text(f"{share:.0%}", at, height - 12, "end" if share == 1 else "middle"))
+    for share in (0.9, 0.95, 0.99):
+        parts.append(
+            _rule(
+                _LEFT,
+                _TOP + tall * (1 - share),
+                width - _RIGHT,
+                _TOP + tall * (1 - share),
+                0.35,
+                "2 4",
+            )
+        )
+    for (name, spectra), tint in zip(groups.items(), _tints(len(groups)), strict=True):
+        lines = [
+            _line(
+                (
+                    (_LEFT + inner * (i + 1) / len(s), _TOP + tall * (1 - energy[i]))
+                    for i in _evenly_spaced(len(s))
+                ),
+                tint,
+                1.1,
+            )
+            for s in spectra
+            if (energy := s.energy) is not None
+        ]
+        parts.append(f"<g><title>{html.escape(name)}</title>{''.join(lines)}</g>")
+    return _svg(parts, "share of energy held by a share of the rank", width, height)
+
+
+def legend(names: Iterable[str]) -> str:
+    """HTML list of the colours that :func:`energy_svg` gives its groups."""
+    listed = list(names)
+    items = "".join(
+        f'<li><svg width="14" height="10" aria-hidden="true"><rect width="14" height="10" rx="2" '
+        f'fill="{tint}"/></svg> {html.escape(name)}</li>'
+        for name, tint in zip(listed, _tints(len(listed)), strict=True)
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _tints(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _depth(relative: Vector) -> float:
+    """Decades from the largest to the smallest value drawn."""
+    smallest = float(relative[relative > 0].min(initial=1.0))
+    return min(-math.log10(smallest), _DECADES)
+
+
+def _log_spaced(count: int) -> list[int]:
+    return sorted({round(i) - 1 for i in np.geomspace(1, count, min(count, _POINTS)).tolist()})
+
+
+def _evenly_spaced(count: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, _POINTS)).tolist()})
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _power(exponent: int) -> str:
+    return "1" if exponent == 0 else f"10{str(exponent).translate(_SUPERSCRIPTS)}"

@@ -1,0 +1,57 @@
+"""Many small factorisations at once: one thread each, instead of many threads for each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def _single_threaded_blas() -> AbstractContextManager[Any] | None:
+    """Context in which numpy's BLAS uses one thread a call; None where that cannot be had."""
+    # Not a dependency: it comes with scikit-learn, and so with sentence-transformers.
+    try:
+        threadpoolctl = importlib.import_module("threadpoolctl")
+    except ModuleNotFoundError:
+        return None
+    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1, user_api="blas")
+    return limits
+
+
+def each(
+    function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Yield ``(item, function(item))`` in order of completion.
+
+    LAPACK's eigenvalue solvers hardly gain from a second thread, two of them side by side take
+    half the time. There are as many workers as torch has threads, and one (this thread) where the
+    number of BLAS threads cannot be limited. After an exception no further item is begun.
+
+    Parameters
+    ----------
+    function
+        Called in a worker thread; most of its time should be spent in numpy.
+    items
+        Longest first keeps all workers busy to the end.
+    """
+    workers = min(torch.get_num_threads(), len(items))
+    limits = _single_threaded_blas() if workers > 1 else None
+    if limits is None:
+        for item in items:
+            yield item, function(item)
+        return
+    with limits:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="fullrank-spectra")
+        try:
+            futures: dict[Future[Result], Item] = {pool.submit(function, i): i for i in items}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

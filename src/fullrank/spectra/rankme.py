@@ -1,0 +1,264 @@
+"""RankMe: the effective rank of embeddings, a quality score that needs no labels.
+
+Garrido, Balestriero, Najman and LeCun, ICML 2023, arXiv 2210.02885, equation 2. High rank is
+necessary for good embeddings, not sufficient: noise raises it. Compare runs of one method, at one
+number of samples, several times the width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+from fullrank.core.moments import Moments
+from fullrank.spectra.measures import effective_rank
+from fullrank.spectra.values import as_tensor, singular_values
+
+EPS = 1e-7
+"""Added to every share of the singular values (paper, section 3.1: float32 rounding)."""
+
+
+def _score(values: Tensor, samples: int, width: int, eps: float) -> float:
+    if not float(values.sum()) > 0:
+        raise InputError("all embeddings are zero: there is no rank to speak of")
+    if samples < 2 * width:
+        warnings.warn(
+            f"{samples} samples of width {width}: RankMe still grows with the number of samples "
+            f"below a few times the width; use at least {2 * width}, and the same number for all "
+            "that is compared",
+            stacklevel=3,
+        )
+    return float(effective_rank(values, input="singular_values", eps=eps))
+
+
+@torch.no_grad()
+def rankme(embeddings: Any, eps: float = EPS, center: bool = False) -> float:
+    """RankMe of an embedding matrix: exponential of the entropy of its singular values.
+
+    Parameters
+    ----------
+    embeddings
+        ``(N, K)`` array or tensor, one row a sample; neither centred nor normalised by it. Work
+        is done in float64.
+    eps
+        Added to every share ``sigma_k / sum(sigma)``, which are not renormalised (1e-7, paper).
+    center
+        Subtract the mean first; not part of the paper's definition.
+
+    Returns
+    -------
+    float
+        In ``[1, min(N, K)]``, up to about ``16 eps min(N, K)``.
+
+    Raises
+    ------
+    InputError
+        On input that is not 2-D, empty, of integers, not finite, or all zero.
+
+    Warns
+    -----
+    UserWarning
+        When there are fewer than 2 K samples.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(rankme(np.tile(np.eye(4), (10, 1))), 4)
+    4.0
+    """
+    Z = as_tensor(embeddings, "the embedding matrix")
+    if Z.ndim != 2:
+        raise InputError(
+            f"embeddings of shape {tuple(Z.shape)}; expected (samples, width): pool or flatten "
+            "token tensors first"
+        )
+    return _score(singular_values(Z, center=center), len(Z), Z.shape[1], eps)
+
+
+class RankMeMeter:
+    """RankMe of embeddings seen in batches, in constant memory.
+
+    Keeps the ``(K, K)`` second moment in float64, so the result does not depend on how the
+    samples were cut into batches; it is not the average of the batches' scores. The square root
+    of the moment's eigenvalues loses singular values below 1e-8 of the largest.
+
+    Parameters
+    ----------
+    eps, center
+        As for :func:`rankme`.
+    device
+        Where the moment lives; the CPU by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> meter = RankMeMeter()
+    >>> for _ in range(3):
+    ...     meter.update(torch.eye(5))
+    >>> round(meter.compute(), 4)
+    5.0
+    """
+
+    def __init__(
+        self, eps: float = EPS, center: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        self.eps = eps
+        self.center = center
+        self.device = device
+        self._moments: Moments | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of samples seen."""
+        return 0 if self._moments is None else self._moments.count
+
+    def update(self, embeddings: Any) -> None:
+        """Add a batch ``(n, K)``.
+
+        Raises
+        ------
+        InputError
+            On a batch that is not 2-D, empty, of integers, of another width or not finite; the
+            meter is then unchanged.
+        """
+        Z = as_tensor(embeddings, "a batch of embeddings")
+        if Z.ndim != 2:
+            raise InputError(f"a batch of shape {tuple(Z.shape)}; expected (samples, width)")
+        moments = self._moments or Moments(Z.shape[1], self.device)
+        moments.update(Z)
+        self._moments = moments
+
+    def compute(self) -> float:
+        """RankMe of everything seen.
+
+        Raises
+        ------
+        InputError
+            When nothing was seen, or only zeros.
+        """
+        if self._moments is None:
+            raise InputError("no embeddings were seen; update() with at least one batch first")
+        moments = self._moments
+        second = moments.covariance if self.center else moments.second_moment
+        values = torch.linalg.eigvalsh(second).clamp_min(0).sqrt()
+        # A matrix of N rows has no more than N singular values; the moment's others are rounding.
+        kept = values.flip(0)[: min(moments.count, moments.width)]
+        return _score(kept, moments.count, moments.width, self.eps)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._moments = None
+
+    def merge(self, other: RankMeMeter) -> None:
+        """Add what another meter has seen, e.g. on another shard."""
+        if other._moments is None:
+            return
+        if self._moments is None:
+            self._moments = Moments(other._moments.width, self.device)
+        self._moments.merge(other._moments)
+
+    def sync(self, process_group: Any = None) -> None:
+        """Sum over all processes of a ``torch.distributed`` group, in place.
+
+        Every process must call it. One that saw nothing takes part too.
+
+        Raises
+        ------
+        InputError
+            When no process has seen anything, or when widths differ.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        own = 0 if self._moments is None else self._moments.width
+        # The largest width and the largest negated width tell all processes what to expect.
+        known = own or -1
+        bounds = torch.tensor([known, -known if own else -(2**31)], device=self.device)
+        distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX, group=process_group)
+        widest, narrowest = int(bounds[0]), -int(bounds[1])
+        if widest < 1:
+            raise InputError("no process has seen embeddings; update() first")
+        if narrowest != widest:
+            raise InputError(f"processes saw embeddings of widths {narrowest} and {widest}")
+        if self._moments is None:
+            self._moments = Moments(widest, self.device)
+        self._moments.all_reduce(process_group)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return plain tensors, fit for safetensors; empty when nothing was seen."""
+        return {} if self._moments is None else self._moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        if not state:
+            self._moments = None
+            return
+        moments = Moments(state["sum"].numel(), self.device)
+        moments.load_state_dict(state)
+        self._moments = moments
+
+
+def select_by_rankme(
+    runs: Mapping[str, Any],
+    tie_rtol: float = 0.01,
+    prefer: Literal["min", "max"] = "min",
+    *,
+    eps: float = EPS,
+    center: bool = False,
+) -> str:
+    """Pick the run with the highest RankMe; among ties, an end of the varied setting.
+
+    Parameters
+    ----------
+    runs
+        Name of the run -> its embeddings ``(N, K)``, or its RankMe as a number. Where names read
+        as numbers (the values of the hyperparameter), they are ordered so; else the order of the
+        mapping is that of the setting.
+    tie_rtol
+        Scores within this relative distance of the best count as ties (1 %).
+    prefer
+        Which end of the setting wins among ties (paper, figure 4: the extreme value that still
+        reaches the top).
+    eps, center
+        As for :func:`rankme`.
+
+    Raises
+    ------
+    InputError
+        When there are no runs, or their embeddings differ in shape: RankMe grows with both.
+
+    Examples
+    --------
+    >>> select_by_rankme({"1e-2": 40.1, "1e-3": 40.0, "1e-4": 21.7})
+    '1e-3'
+    """
+    if not runs:
+        raise InputError("there are no runs to select from")
+    if prefer not in ("min", "max"):
+        raise InputError(f"prefer={prefer!r}; it is 'min' or 'max'")
+    shapes = {
+        name: tuple(as_tensor(run, f"run {name!r}").shape)
+        for name, run in runs.items()
+        if not isinstance(run, (int, float))
+    }
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"runs are comparable at one shape of embeddings; these have {shapes}")
+    scores = {
+        name: float(run) if isinstance(run, (int, float)) else rankme(run, eps, center)
+        for name, run in runs.items()
+    }
+    best = max(scores.values())
+    tied = [name for name in _in_order(scores) if scores[name] >= best * (1 - tie_rtol)]
+    return tied[0] if prefer == "min" else tied[-1]
+
+
+def _in_order(names: Mapping[str, Any]) -> list[str]:
+    try:
+        return sorted(names, key=float)
+    except ValueError:
+        return list(names)

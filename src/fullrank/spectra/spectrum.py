@@ -1,0 +1,127 @@
+"""`Spectrum`: the singular values of one matrix, and what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fullrank.core.errors import InputError
+from fullrank.spectra.values import as_tensor, singular_values
+
+Vector = npt.NDArray[np.float64]
+
+
+class Spectrum:
+    """Singular values in descending order, and the ranks they amount to.
+
+    Parameters
+    ----------
+    source
+        A matrix ``(m, n)``, whose singular values are then computed in float64, or a vector of
+        singular values in any order.
+
+    Attributes
+    ----------
+    values
+        ``(k,)`` float64 array, descending, read-only.
+
+    Raises
+    ------
+    InputError
+        On anything but one or two dimensions, an empty, integer or non-finite source, or a
+        negative singular value.
+
+    Examples
+    --------
+    >>> spectrum = Spectrum([2.0, 1.0, 1.0])
+    >>> spectrum.nuclear_norm, spectrum.stable_rank, spectrum.energy_rank(0.9)
+    (4.0, 1.5, 3)
+    >>> round(Spectrum([[3.0, 0.0], [0.0, 3.0]]).effective_rank, 6)
+    2.0
+    """
+
+    def __init__(self, source: Any) -> None:
+        tensor = as_tensor(source, "the source of a spectrum")
+        if tensor.ndim not in (1, 2):
+            raise InputError(
+                f"a spectrum is made from a matrix or a vector of singular values, not from "
+                f"shape {tuple(tensor.shape)}"
+            )
+        kind = "matrix" if tensor.ndim == 2 else "singular_values"
+        values: Vector = singular_values(tensor, kind).cpu().numpy()  # type: ignore[arg-type]
+        values.setflags(write=False)
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Spectrum):
+            return NotImplemented
+        return np.array_equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash(self.values.tobytes())
+
+    def __repr__(self) -> str:
+        return (
+            f"Spectrum({len(self)} values, largest {self.spectral_norm:.4g}, "
+            f"effective rank {self.effective_rank:.4g})"
+        )
+
+    @property
+    def relative(self) -> Vector:
+        """Values divided by the largest; zeros for a zero matrix."""
+        return self.values / (self.values[0] or 1.0)
+
+    @property
+    def spectral_norm(self) -> float:
+        """Largest singular value."""
+        return float(self.values[0])
+
+    @property
+    def nuclear_norm(self) -> float:
+        """Sum of the singular values."""
+        return float(self.values.sum())
+
+    @property
+    def frobenius_norm(self) -> float:
+        """Square root of the sum of squares."""
+        return float(np.sqrt(np.square(self.relative).sum()) * self.values[0])
+
+    @property
+    def effective_rank(self) -> float:
+        """See :func:`~fullrank.spectra.effective_rank` (eps 0)."""
+        p = self.relative / (self.relative.sum() or 1.0)
+        p = p[p > 0]
+        if not len(p):
+            return 0.0
+        return float(np.exp(-(p * np.log(p)).sum()))
+
+    @property
+    def stable_rank(self) -> float:
+        """See :func:`~fullrank.spectra.stable_rank`."""
+        return float(np.square(self.relative).sum())
+
+    @property
+    def participation_ratio(self) -> float:
+        """See :func:`~fullrank.spectra.participation_ratio`."""
+        energy = np.square(self.relative)
+        return float(energy.sum() ** 2 / (np.square(energy).sum() or 1.0))
+
+    @property
+    def energy(self) -> Vector:
+        """Share of the sum of squares that the leading 1, 2, ... values hold; ends at 1."""
+        energy = np.cumsum(np.square(self.relative))
+        return np.asarray(energy / (energy[-1] or 1.0), dtype=np.float64)
+
+    def energy_rank(self, tau: float) -> int:
+        """See :func:`~fullrank.spectra.energy_rank`; 0 for a zero matrix."""
+        if not 0 < tau <= 1:
+            raise InputError(f"the share of energy is {tau}; it must lie in (0, 1]")
+        energy = self.energy
+        if energy[-1] == 0:
+            return 0
+        return min(int(np.searchsorted(energy, tau)) + 1, len(energy))
