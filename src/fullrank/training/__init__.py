@@ -1,0 +1,29 @@
+"""One training loop for every model: Hugging Face's trainers plus our callbacks."""
+
+from typing import TYPE_CHECKING
+
+from fullrank._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fullrank.training.config import EncoderTraining as EncoderTraining
+    from fullrank.training.encoder import train_encoder as train_encoder
+    from fullrank.training.history import TrainingHistory as TrainingHistory
+    from fullrank.training.optimizers import StateMemory as StateMemory
+    from fullrank.training.optimizers import build_optimizer as build_optimizer
+    from fullrank.training.pairs import TrainingPairs as TrainingPairs
+    from fullrank.training.pairs import make_pairs as make_pairs
+    from fullrank.training.ranking_loss import MaskedRankingLoss as MaskedRankingLoss
+    from fullrank.training.results import TrainedEncoder as TrainedEncoder
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "EncoderTraining": "config",
+        "train_encoder": "encoder",
+        "TrainedEncoder": "results",
+        "TrainingHistory": "history",
+        **dict.fromkeys(["StateMemory", "build_optimizer"], "optimizers"),
+        **dict.fromkeys(["TrainingPairs", "make_pairs"], "pairs"),
+        "MaskedRankingLoss": "ranking_loss",
+    },
+)

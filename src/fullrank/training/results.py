@@ -1,0 +1,126 @@
+"""What a training run leaves: the model, its history, and the folder they are saved in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fullrank.core.errors import InputError, StoreError, require
+from fullrank.core.files import atomic_write
+from fullrank.training.checkpoints import CHECKPOINTS, check_identity
+from fullrank.training.config import EncoderTraining
+from fullrank.training.history import TrainingHistory
+from fullrank.training.optimizers import StateMemory
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from fullrank.core.table import Table
+
+RESULT = "training.json"
+# Where a model is written before it is moved into place.
+_SAVING = ".saving"
+_VERSION = 1
+_LIBRARIES = ("fullrank", "torch", "transformers", "sentence-transformers")
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """A fine-tuned encoder and how it came about.
+
+    Attributes
+    ----------
+    model
+        The ``SentenceTransformer`` with the best weights, in evaluation mode.
+    history
+        Loss curve, development metric and RankMe at each evaluation, speed.
+    memory
+        Peak bytes of the optimizer's state against AdamW's.
+    config
+        The settings.
+    data
+        Counts: pairs, queries, documents measured on.
+    folder
+        Where it is saved, or None.
+    """
+
+    model: SentenceTransformer
+    history: TrainingHistory
+    memory: StateMemory
+    config: EncoderTraining
+    data: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def table(self) -> Table:
+        """Return the evaluations as a table."""
+        return self.history.table()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the model as JSON values: what ``training.json`` holds."""
+        best = self.history.best
+        return {
+            "version": _VERSION,
+            "config": self.config.as_dict(),
+            "data": self.data,
+            "history": self.history.to_json(),
+            "best": None if best is None else {"step": best.step, self.history.metric: best.metric},
+            "gain": self.history.gain,
+            "tokens_per_second": self.history.tokens_per_second,
+            "memory": self.memory.to_json(),
+            "versions": {name: _version(name) for name in _LIBRARIES},
+        }
+
+
+def checked_folder(folder: Path) -> Path:
+    """Return a folder that is free, or that holds a run of ours; raise for any other."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a new folder")
+    ours = any((folder / name).exists() for name in (RESULT, CHECKPOINTS, _SAVING))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise InputError(f"{folder} holds something else already; give a new folder")
+    return folder
+
+
+def load_result(folder: Path, identity: dict[str, Any], config: EncoderTraining) -> TrainedEncoder:
+    """Load the run that was finished in a folder, if it is this one."""
+    library = require("sentence_transformers", extra="hf")
+    try:
+        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        check_identity(values["identity"], identity, folder)
+        history = TrainingHistory.from_json(values["history"])
+        memory = StateMemory.from_json(values["memory"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{folder / RESULT} is damaged ({error}); train with resume=False"
+        ) from error
+    model = library.SentenceTransformer(str(folder), device=config.device)
+    return TrainedEncoder(model, history, memory, config, values["data"], folder)
+
+
+def save_result(trained: TrainedEncoder, folder: Path, identity: dict[str, Any]) -> None:
+    """Put the model in place file by file, then say that it is whole, then drop checkpoints."""
+    (folder / RESULT).unlink(missing_ok=True)
+    staging = folder / _SAVING
+    shutil.rmtree(staging, ignore_errors=True)
+    trained.model.save_pretrained(str(staging), create_model_card=False)
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == "modules.json"):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    staging.rmdir()
+    text = json.dumps({**trained.to_json(), "identity": identity}, indent=1)
+    atomic_write(folder / RESULT, text.encode())
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _version(library: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
