@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _methods() -> str:
     lines = []
     for verb in VERBS:
-        lines += [f"## {verb}", "", "| method | what it is for | start from | |", "|---|---|---|---|"]
+        lines += [f"## {verb}", "", "| method | purpose | start from | |", "|---|---|---|---|"]
         for m in METHODS:
             if m.verb == verb:
                 state = "there" if m.available else "planned"

@@ -44,11 +44,11 @@ def expected(dense, queries):
 
 
 def agree(found, wanted, k):
+    scored = wanted.to_dict()
     for query, ranking in wanted.items():
         np.testing.assert_allclose(found[query].scores, ranking.scores[:k], atol=1e-6)
-        lookup = wanted.to_dict()[query]
         for identifier, score in found[query]:
-            assert lookup[identifier] == pytest.approx(score, abs=1e-6)
+            assert scored[query][identifier] == pytest.approx(score, abs=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])

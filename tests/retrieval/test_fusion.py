@@ -43,8 +43,9 @@ def slow_weighted(given, weights, normalise):
 
 def same(found, expected):
     assert set(found) == set(expected)
+    scored = found.to_dict()
     for query, ranking in expected.items():
-        mine = found.to_dict()[query]
+        mine = scored[query]
         assert mine.keys() == set(ranking.ids)
         for item, value in ranking:
             assert mine[item] == pytest.approx(value, rel=1e-9, abs=1e-9)
@@ -119,7 +120,7 @@ def test_queries_that_some_lack_and_empty_rankings():
 def test_sets_of_runs():
     a = Run.from_dict({"q": {"x": 2.0, "y": 1.0}, "p": {"x": 1.0}})
     b = Run.from_dict({"q": {"y": 5.0, "z": 4.0}, "r": {"z": 1.0}})
-    both, either = intersect(a, b), unite(a, b)
+    both, either = intersect([a, b]), unite([a, b])
     assert {q: r.ids.tolist() for q, r in both.items()} == {"q": ["y"], "p": [], "r": []}
     assert {q: r.ids.tolist() for q, r in either.items()} == {
         "q": ["x", "y", "z"], "p": ["x"], "r": ["z"],

@@ -40,9 +40,9 @@ class BM25(RetrieverStage):
     """BM25 over the titles and texts of a corpus.
 
     Scores are those of bm25s: lower-cased tokens of two characters or more, stop words removed.
-    Only documents that share a token with the query are results, so a query without any (an empty
-    one, or one of stop words) has none. Among equal scores at the last place kept, the larger id
-    wins, as everywhere in a :class:`~fullrank.core.Run`.
+    Only documents that score above one without any token of the query are results, so a query
+    without known tokens (an empty one, or one of stop words) has none. Among equal scores at the
+    last place kept, the larger id wins, as everywhere in a :class:`~fullrank.core.Run`.
 
     Parameters
     ----------

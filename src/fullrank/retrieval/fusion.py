@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fullrank.core.errors import InputError
-from fullrank.core.run import Ids, Run, Scores, tie_ranks
+from fullrank.core.run import Ids, Run, Scores
 
 Normalise: TypeAlias = Literal["minmax", "zscore"]
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class _Column:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Several runs over one numbering of queries and of items."""
+    """Several runs over one numbering of queries, and of items by falling id."""
 
     queries: list[str]
     items: Ids
@@ -52,23 +52,24 @@ class _Table:
 
 def _lay_out(runs: Sequence[Run]) -> _Table:
     queries = list(dict.fromkeys(q for run in runs for q in run))
-    number: dict[str, int] = {}
+    found = [[run.get(q) for q in queries] for run in runs]
+    listed = [[i for r in rankings if r for i in r.ids.tolist()] for rankings in found]
+    names = sorted(set().union(*listed), reverse=True)
+    number = {name: i for i, name in enumerate(names)}
     columns = []
-    for run in runs:
-        found = [run.get(q) for q in queries]
-        lengths = np.array([0 if r is None else len(r) for r in found], dtype=np.int64)
-        item = [number.setdefault(i, len(number)) for r in found if r for i in r.ids.tolist()]
-        scores = [r.scores for r in found if r]
+    for rankings, ids in zip(found, listed, strict=True):
+        lengths = np.array([0 if r is None else len(r) for r in rankings], dtype=np.int64)
+        scores = [r.scores for r in rankings if r]
         columns.append(
             _Column(
                 lengths,
                 np.repeat(np.arange(len(queries)), lengths),
-                np.array(item, dtype=np.int64),
+                np.fromiter(map(number.__getitem__, ids), np.int64, len(ids)),
                 np.concatenate(scores) if scores else np.empty(0),
             )
         )
-    items = np.empty(len(number), dtype=object)
-    items[:] = list(number)
+    items = np.empty(len(names), dtype=object)
+    items[:] = names
     return _Table(queries, items, columns)
 
 
@@ -77,21 +78,20 @@ def _total(table: _Table, values: Sequence[npt.NDArray[np.floating[Any]]], name:
     width = max(len(table.items), 1)
     keys = np.concatenate([c.query * width + c.item for c in table.columns])
     parts = np.concatenate(values)
-    # Sorted by value inside a key, sums do not depend on the order of the runs.
-    order = np.lexsort((parts, keys))
+    # Of two numbers the sum is the same either way; more are added by rising value.
+    order = np.argsort(keys) if len(values) <= 2 else np.lexsort((parts, keys))
     keys, parts = keys[order], parts[order]
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     scores = np.add.reduceat(parts, first) if len(first) else parts
     query, item = np.divmod(keys[first], width)
-    order = np.lexsort((-tie_ranks(table.items)[item], -scores, query))
-    ids, scores = table.items[item[order]], scores[order]
-    ends = np.searchsorted(query, np.arange(len(table.queries) + 1))
-    return Run(
-        {q: (ids[ends[i] : ends[i + 1]], scores[ends[i] : ends[i + 1]])
-         for i, q in enumerate(table.queries)},
-        name=name,
-        ordered=True,
-    )  # fmt: skip
+    ends = np.searchsorted(query, np.arange(len(table.queries) + 1)).tolist()
+    rankings = {}
+    for i, q in enumerate(table.queries):
+        mine, ids = scores[ends[i] : ends[i + 1]], item[ends[i] : ends[i + 1]]
+        # Items stand by falling id, and a stable sort leaves equal scores so.
+        best = np.argsort(-mine, kind="stable")
+        rankings[q] = (table.items[ids[best]], mine[best])
+    return Run(rankings, name=name, ordered=True)
 
 
 def fuse_ranks(runs: Sequence[Run], k: float = 60) -> Run:
@@ -173,8 +173,9 @@ def _normalised(column: _Column, how: Normalise | None) -> Scores:
     return np.divide(above, deviation, out=np.zeros_like(above), where=deviation > 0)
 
 
-def intersect(a: Run, b: Run) -> Run:
-    """Items that both runs hold, in the first one's order; scores are 0, as none are defined."""
+def intersect(runs: Sequence[Run]) -> Run:
+    """Items that two runs hold, in the first one's order; scores are 0, as none are defined."""
+    a, b = runs
     kept = {}
     for query in a:
         other = set(b[query].ids) if query in b else set()
@@ -182,12 +183,12 @@ def intersect(a: Run, b: Run) -> Run:
     return _unscored({**kept, **{q: [] for q in b if q not in a}}, "&")
 
 
-def unite(a: Run, b: Run) -> Run:
-    """Items of either run: the first one's, then what the second adds; scores are 0."""
+def unite(runs: Sequence[Run]) -> Run:
+    """Items of either of two runs: the first's, then what the second adds; scores are 0."""
     return _unscored(
         {
-            q: list(dict.fromkeys(i for run in (a, b) if q in run for i in run[q].ids.tolist()))
-            for q in {**dict.fromkeys(a), **dict.fromkeys(b)}
+            q: list(dict.fromkeys(i for run in runs if q in run for i in run[q].ids.tolist()))
+            for q in dict.fromkeys(q for run in runs for q in run)
         },
         "|",
     )

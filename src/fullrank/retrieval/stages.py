@@ -100,13 +100,9 @@ class Stage(ABC):
         if inside[: len(before)] == before:
             inside = inside[len(before) :]
         own = max(0.0, elapsed - math.fsum(s.milliseconds for s in inside))
-        ranked = result.named(self.name).traced(self._label(), own, (*before, *inside))
-        stage_finished(self._label(), ranked)
+        ranked = result.named(self.name).traced(self.name, own, (*before, *inside))
+        stage_finished(self.name, ranked)
         return ranked
-
-    def _label(self) -> str:
-        """Return what the trace calls it."""
-        return self.name
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -125,21 +121,34 @@ class Stage(ABC):
         return _Then(as_stage(other), self)
 
     def __mod__(self, k: int) -> Stage:
-        return _Cutoff(self, k)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"'% {k!r}': a ranking is cut to a whole number of at least 1")
+        return _Fusion(f"% {k}", f"{_inside(self)} % {k}", partial(_cut, k=k), self)
 
     def __add__(self, other: Stage) -> Stage:
-        return _Sum(self, other) if isinstance(other, Stage) else NotImplemented
+        if not isinstance(other, Stage):
+            return NotImplemented
+        return _infix("+", partial(fuse_scores, weights=[1.0, 1.0]), self, other)
 
     def __mul__(self, factor: float) -> Stage:
-        return _Scaled(self, factor) if isinstance(factor, (int, float)) else NotImplemented
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise InputError(f"a stage is multiplied by a finite number, not by {factor}")
+        scale = partial(fuse_scores, weights=[float(factor)])
+        return _Fusion(f"{factor:g} *", f"{factor:g} * {_inside(self)}", scale, self)
 
     __rmul__ = __mul__
 
     def __and__(self, other: Stage) -> Stage:
-        return _Both(self, other) if isinstance(other, Stage) else NotImplemented
+        if not isinstance(other, Stage):
+            return NotImplemented
+        return _infix("&", intersect, self, other, sets=True)
 
     def __or__(self, other: Stage) -> Stage:
-        return _Either(self, other) if isinstance(other, Stage) else NotImplemented
+        if not isinstance(other, Stage):
+            return NotImplemented
+        return _infix("|", unite, self, other, sets=True)
 
 
 def check_queries(queries: object) -> None:
@@ -179,30 +188,22 @@ class _Function(Stage):
 class _Composite(Stage):
     """A stage made of others, which are called one by one and traced by themselves."""
 
-    def __init__(self, *parts: Stage) -> None:
+    _compound = True
+
+    def __init__(self, name: str, *parts: Stage) -> None:
+        self.name = name
         self.parts = parts
         self.corpus = next((p.corpus for p in parts if p.corpus is not None), None)
 
     def transform(self, queries: Queries, run: Run | None, corpus: Corpus | None) -> Run:
         return self(queries, run, corpus)
 
-    def _needs_scores(self, what: str) -> None:
-        for part in self.parts:
-            if not part.scored:
-                raise InputError(
-                    f"{what} needs scores, and those of the set {part.name!r} are undefined; "
-                    "rank it first, e.g. (a | b) >> reranker"
-                )
-
 
 class _Then(_Composite):
     """``a >> b``."""
 
-    _compound = True
-
     def __init__(self, first: Stage, second: Stage) -> None:
-        super().__init__(first, second)
-        self.name = f"{first.name} >> {second.name}"
+        super().__init__(f"{first.name} >> {second.name}", first, second)
         self.scored = second.scored
 
     def __call__(
@@ -216,11 +217,39 @@ class _Then(_Composite):
 
 
 class _Fusion(_Composite):
-    """What several stages rank, made into one run."""
+    """What one or more stages rank, made into one run.
 
-    @abstractmethod
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        """Return the one run."""
+    Parameters
+    ----------
+    label
+        What the trace calls it.
+    name
+        What it is called as a whole.
+    fuse
+        Runs, one a part -> run.
+    parts
+        The stages.
+    sets
+        Whether it makes a set, for which scores do not matter.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        name: str,
+        fuse: Callable[[Sequence[Run]], Run],
+        *parts: Stage,
+        sets: bool = False,
+    ) -> None:
+        super().__init__(name, *parts)
+        for part in parts:
+            if not (sets or part.scored):
+                raise InputError(
+                    f"{label.strip(' *')!r} needs scores, and those of the set {part.name!r} are "
+                    "undefined; rank it first, e.g. (a | b) >> reranker"
+                )
+        self.scored = not sets
+        self._fuse, self._short = fuse, label
 
     def __call__(
         self, queries: Queries, run: Run | None = None, corpus: Corpus | None = None
@@ -230,114 +259,26 @@ class _Fusion(_Composite):
         runs = [part(queries, run, corpus) for part in self.parts]
         inside = [stage for r in runs for stage in r.trace[len(before) :]]
         began = time.perf_counter()
-        fused = self.fuse(runs)
+        fused = self._fuse(runs)
         elapsed = (time.perf_counter() - began) * 1e3
-        ranked = fused.named(self.name).traced(self._label(), elapsed, (*before, *inside))
-        stage_finished(self._label(), ranked)
+        ranked = fused.named(self.name).traced(self._short, elapsed, (*before, *inside))
+        stage_finished(self._short, ranked)
         return ranked
 
 
-class _Infix(_Fusion):
-    """A fusion written between its parts."""
-
-    symbol = ""
-    _compound = True
-
-    def __init__(self, *parts: Stage) -> None:
-        super().__init__(*parts)
-        self.name = f" {self.symbol} ".join(map(_inside, parts))
-
-    def _label(self) -> str:
-        return self.symbol
+def _infix(
+    symbol: str, fuse: Callable[[Sequence[Run]], Run], a: Stage, b: Stage, *, sets: bool = False
+) -> Stage:
+    return _Fusion(symbol, f"{_inside(a)} {symbol} {_inside(b)}", fuse, a, b, sets=sets)
 
 
-class _Cutoff(_Fusion):
-    """``a % k``."""
-
-    _compound = True
-
-    def __init__(self, part: Stage, k: int) -> None:
-        super().__init__(part)
-        self._needs_scores(f"'% {k}'")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InputError(f"'% {k!r}': a ranking is cut to a whole number of at least 1")
-        self.k = k
-        self.name = f"{_inside(part)} % {k}"
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return runs[0].top(self.k)
-
-    def _label(self) -> str:
-        return f"% {self.k}"
+def _inside(part: Stage) -> str:
+    """Return how a stage is written inside a larger expression."""
+    return f"({part.name})" if part._compound else part.name
 
 
-class _Sum(_Infix):
-    """``a + b``."""
-
-    symbol = "+"
-
-    def __init__(self, a: Stage, b: Stage) -> None:
-        super().__init__(a, b)
-        self._needs_scores("'+'")
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return fuse_scores(runs, [1.0, 1.0])
-
-
-class _Scaled(_Fusion):
-    """``2 * a``."""
-
-    _compound = True
-
-    def __init__(self, part: Stage, factor: float) -> None:
-        super().__init__(part)
-        self._needs_scores("'*'")
-        if not math.isfinite(factor):
-            raise InputError(f"a stage is multiplied by a finite number, not by {factor}")
-        self.factor = float(factor)
-        self.name = f"{factor:g} * {_inside(part)}"
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return fuse_scores(runs, [self.factor])
-
-    def _label(self) -> str:
-        return f"{self.factor:g} *"
-
-
-class _Both(_Infix):
-    """``a & b``."""
-
-    symbol = "&"
-    scored = False
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return intersect(*runs)
-
-
-class _Either(_Infix):
-    """``a | b``."""
-
-    symbol = "|"
-    scored = False
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return unite(*runs)
-
-
-class _Call(_Fusion):
-    """``rrf(a, b)`` or ``weighted(a, b)``: a fusion written as a function of its parts."""
-
-    def __init__(self, function: str, fuse: Callable[[Sequence[Run]], Run], *parts: Stage) -> None:
-        super().__init__(*parts)
-        self._needs_scores(function)
-        self._function, self._fuse = function, fuse
-        self.name = f"{function}({', '.join(p.name for p in parts)})"
-
-    def fuse(self, runs: Sequence[Run]) -> Run:
-        return self._fuse(runs)
-
-    def _label(self) -> str:
-        return self._function
+def _cut(runs: Sequence[Run], k: int) -> Run:
+    return runs[0].top(k)
 
 
 @overload
@@ -421,8 +362,8 @@ def _call(
     if len(parts) < 2 or len(parts) not in (len(runs), len(stages)):
         kinds = [type(part).__name__ for part in parts]
         raise InputError(f"{function} takes two or more stages, or two or more runs, not {kinds}")
-    return fuse(runs) if runs else _Call(function, fuse, *stages)
-
-
-def _inside(part: Stage) -> str:
-    return f"({part.name})" if part._compound else part.name
+    if runs:
+        return fuse(runs)
+    fusion = _Fusion(function, f"{function}({', '.join(p.name for p in stages)})", fuse, *stages)
+    fusion._compound = False
+    return fusion
