@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from contextlib import ExitStack
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -42,7 +43,8 @@ def main() -> None:
     print(data)
     print("manifest:", {k: data.manifest[k] for k in ("packages", "sha256")})
     if args.step_time:
-        print(step_times(data, args.rounds))
+        with ExitStack() as stack:
+            print(step_times(data, args.rounds, stack))
     else:
         quality(data, args)
 
@@ -74,13 +76,13 @@ def rank(model, part):
     return found.drop(part.exclude).top(100)
 
 
-def step_times(data, rounds: int) -> Table:
+def step_times(data, rounds: int, stack: ExitStack) -> Table:
     """CPU time of forward, backward and AdamW, in interleaved rounds."""
     pairs = make_pairs(data.split("train"))
     ways = {
         "sentence-transformers, float32": theirs(torch.float32),
         "sentence-transformers, bfloat16": theirs(torch.bfloat16),
-        "fullrank": ours(pairs),
+        "fullrank": ours(pairs, stack),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -119,10 +121,10 @@ def theirs(dtype):
     return step
 
 
-def ours(pairs):
+def ours(pairs, stack: ExitStack):
     model = SentenceTransformer(resolve_model(DEFAULT_ENCODER), device="cpu").train()
     form = training_form(model, freeze_embeddings=True, dropout=0.0, plain_attention=True)
-    form.__enter__()
+    stack.enter_context(form)
     loss = MaskedRankingLoss(
         model, pairs.forbidden, autocast=precision_of("auto", torch.device("cpu"))
     )

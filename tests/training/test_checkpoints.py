@@ -23,7 +23,7 @@ def progress():
         [StepRecord(1, 2.0, 1e-5, 0.5, 1.0, 100)],
         [EvaluationRecord(0, 0.3, 20.0, 0.0, 0.5)],
     )
-    return Progress({"config": {"lr": 1}}, 12.5, 100, 4096, 0.4, history)
+    return Progress({"config": {"lr": 1}}, 12.5, 100, 4096, 3, 0.4, history)
 
 
 def written(folder, step=5):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -255,6 +256,16 @@ def test_the_clock_ends_it(tiny_folder, toy):
     result = train_encoder(str(tiny_folder), toy, config, progress=False)
     assert result.history.stopped == "time"
     assert result.history.evaluations[-1].step == result.history.steps[-1].step
+
+
+def test_evaluations_take_a_part_of_the_time(tiny_folder, toy):
+    def slow(model):
+        time.sleep(0.3)
+        return 0.0
+
+    config = dataclasses.replace(STEPS, seconds=1.0, max_steps=100_000, evaluations=9)
+    result = train_encoder(str(tiny_folder), toy, config, dev_metric=slow, progress=False)
+    assert len(result.history.evaluations) == 2
 
 
 def test_frozen_embeddings_and_form(tiny, toy):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fullrank.core.corpus import Corpus, Queries
 from fullrank.core.errors import InputError, require
-from fullrank.core.models import resolve_model
+from fullrank.core.models import load_model
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
 from fullrank.retrieval.reranker import RerankerStage, with_tail
@@ -146,11 +146,7 @@ def _load(model: Any, device: str | None) -> Any:
         raise InputError(
             f"the model is a {type(model).__name__}; give a name, a folder or a CrossEncoder"
         )
-    try:
-        return library.CrossEncoder(resolve_model(model), device=device)
-    except OSError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load the model {str(model)!r}: {lines[0]}") from error
+    return load_model(model, lambda source: library.CrossEncoder(source, device=device))
 
 
 def _token_limit(model: Any, wanted: int | None) -> int:

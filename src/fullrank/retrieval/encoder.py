@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fullrank.core.errors import InputError, require
-from fullrank.core.models import DEFAULT_ENCODER, resolve_model
+from fullrank.core.models import DEFAULT_ENCODER, load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
 
 if TYPE_CHECKING:
@@ -287,11 +287,7 @@ def _load(model: Any, device: str | None) -> Any:
         raise InputError(
             f"the model is a {type(model).__name__}; give a name, a folder or a SentenceTransformer"
         )
-    try:
-        return library.SentenceTransformer(resolve_model(model), device=device)
-    except OSError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load the model {str(model)!r}: {lines[0]}") from error
+    return load_sentence_transformer(model, device)
 
 
 def _token_limit(model: Any, wanted: int | None) -> int:

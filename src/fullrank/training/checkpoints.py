@@ -38,8 +38,8 @@ class Progress:
         Settings, data and model: what must not differ when it goes on.
     elapsed, tokens, peak
         Seconds used, tokens seen, most bytes of optimizer state so far.
-    next_share
-        Share of the run at which the next evaluation is due.
+    evaluations, next_share
+        How often the run is evaluated, and the share of it at which that is due next.
     history
         Everything recorded so far.
     """
@@ -48,6 +48,7 @@ class Progress:
     elapsed: float
     tokens: int
     peak: int
+    evaluations: int
     next_share: float
     history: TrainingHistory
 
@@ -60,6 +61,7 @@ def write_progress(folder: Path, progress: Progress, best: dict[str, Tensor]) ->
         "elapsed": progress.elapsed,
         "tokens": progress.tokens,
         "peak": progress.peak,
+        "evaluations": progress.evaluations,
         "next_share": progress.next_share,
         "history": progress.history.to_json(),
     }
@@ -114,6 +116,7 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Tensor]]:
             elapsed=values["elapsed"],
             tokens=values["tokens"],
             peak=values["peak"],
+            evaluations=values["evaluations"],
             next_share=values["next_share"],
             history=TrainingHistory.from_json(values["history"]),
         )

@@ -67,6 +67,7 @@ class EncoderTraining:
         hardware multiplies it natively (AVX-512 or AMX on a CPU: 1.7 times faster here).
     evaluations
         How often the development metric is measured, evenly spread; once more at the start.
+        Fewer where all together would take more than a fifth of ``seconds``.
     patience
         Evaluations in a row without a new best after which training ends; None never ends it.
     metric
@@ -115,7 +116,7 @@ class EncoderTraining:
     patience: int | None = 3
     metric: str = "nDCG@10"
     dev_queries: int = 1000
-    dev_documents: int = 1500
+    dev_documents: int = 1000
     dev_tokens: int = 64
     device: str | None = None
     seed: int = 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fullrank.core.errors import FullrankError, InputError, StoreError, require
-from fullrank.core.models import resolve_model
+from fullrank.core.models import load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
 from fullrank.training.checkpoints import CHECKPOINTS, check_identity, newest, read_progress
 from fullrank.training.config import EncoderTraining
@@ -324,11 +324,7 @@ def _load(model: Any, config: EncoderTraining) -> Any:
         own = copy.deepcopy(model)
         own = own.to(config.device) if config.device is not None else own
     elif isinstance(model, (str, Path)):
-        try:
-            own = library.SentenceTransformer(resolve_model(model), device=config.device)
-        except OSError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"cannot load the model {str(model)!r}: {lines[0]}") from error
+        own = load_sentence_transformer(model, config.device)
     else:
         raise InputError(
             f"the model is a {type(model).__name__}; give a name, a folder or a SentenceTransformer"

@@ -26,6 +26,9 @@ from fullrank.training.schedule import TimeBox
 
 Weights = dict[str, torch.Tensor]
 
+# Share of a time box that evaluations may take.
+_EVALUATING = 0.2
+
 
 class PairSampler(DefaultBatchSampler):  # type: ignore[misc]
     """Batches in an order that depends on the seed and the epoch only, so that runs resume."""
@@ -47,7 +50,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
     box
         How far the run is.
     dev
-        What is measured, or None to measure nothing.
+        What is measured.
     evaluations, patience
         See :class:`~fullrank.training.EncoderTraining`.
     saves
@@ -61,7 +64,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         box: TimeBox,
-        dev: DevSet | None,
+        dev: DevSet,
         history: TrainingHistory,
         loss: MaskedRankingLoss,
         *,
@@ -79,7 +82,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self.peak = 0
         self.began = False
         self.next_share = 1 / evaluations
-        self._evaluations = evaluations
+        self.evaluations = evaluations
         self._patience = patience
         self._saves = saves
         self._advance = advance
@@ -93,13 +96,20 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self.best = best
         self.peak = progress.peak
         self.next_share = progress.next_share
+        self.evaluations = progress.evaluations
         self.loss.tokens = progress.tokens
         self.box.start(progress.elapsed)
 
     def progress(self, identity: dict[str, Any]) -> Progress:
         """Return what a checkpoint needs to know of this."""
         return Progress(
-            identity, self.box.elapsed, self.loss.tokens, self.peak, self.next_share, self.history
+            identity,
+            elapsed=self.box.elapsed,
+            tokens=self.loss.tokens,
+            peak=self.peak,
+            evaluations=self.evaluations,
+            next_share=self.next_share,
+            history=self.history,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -108,6 +118,14 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         if not self.history.evaluations and not state.global_step:
             self.box.start()
             self._evaluate(0, kwargs["model"])
+            self._afford(self.history.evaluations[0].took)
+
+    def _afford(self, took: float) -> None:
+        """Evaluate less often where it would take more than its share of the time."""
+        if self.box.seconds is not None and took > 0:
+            affordable = int(_EVALUATING * self.box.seconds / took) - 1
+            self.evaluations = max(1, min(self.evaluations, affordable))
+            self.next_share = 1 / self.evaluations
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, save or stop, where it is time to."""
@@ -123,7 +141,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         if share >= 1:
             self.history.stopped = "steps" if step >= self.box.max_steps else "time"
         if share >= self.next_share - 1e-9 or self.history.stopped:
-            self.next_share = (math.floor(share * self._evaluations + 1e-9) + 1) / self._evaluations
+            self.next_share = (math.floor(share * self.evaluations + 1e-9) + 1) / self.evaluations
             self._evaluate(step, kwargs["model"])
             if self._patience is not None and self.history.since_best >= self._patience:
                 self.history.stopped = self.history.stopped or "patience"
@@ -151,8 +169,6 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         )
 
     def _evaluate(self, step: int, model: Any) -> None:
-        if self.dev is None:
-            return
         began = self.box.elapsed
         metric, rankme = self.dev.measure(model)
         took = self.box.elapsed - began
