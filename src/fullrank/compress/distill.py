@@ -40,6 +40,9 @@ class Distillation:
         machine: None makes runs repeatable.
     batch_size, max_length, tokenizer
         Of texts; see :class:`~fullrank.compress.Batches`.
+    autocast
+        What the student computes in while it trains, e.g. ``torch.bfloat16`` where the hardware
+        multiplies it natively; None leaves it as it is.
     seed
         Of the order of batches.
     progress
@@ -70,6 +73,7 @@ class Distillation:
     batch_size: int = 32
     max_length: int | None = None
     tokenizer: Callable[..., Any] | None = None
+    autocast: torch.dtype | None = None
     seed: int = 0
     progress: bool = False
 
@@ -126,7 +130,8 @@ class Distillation:
                 if not order:
                     shuffle = torch.randperm(len(self._train), generator=generator)
                     order = [self._train[i] for i in shuffle.tolist()]
-                loss = self._loss(student, order.pop())
+                with self._precision(student):
+                    loss = self._loss(student, order.pop())
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -152,6 +157,10 @@ class Distillation:
                 log_target=True,
             )
         return (output.value.float() - target.value.float()).square().sum(-1).mean()
+
+    def _precision(self, student: nn.Module) -> torch.autocast:
+        device = next(student.parameters()).device.type
+        return torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None)
 
     @torch.no_grad()
     def _check(self, student: nn.Module) -> float:

@@ -37,8 +37,8 @@ class DemoConfig:
         Share of the tuned encoder's nDCG@10 that the shrunk one has to keep.
     candidates, recovery_steps
         Of the search for it: plans measured, and fine-tuning steps of each.
-    calibration
-        Texts that say how the layers are used.
+    calibration, recovery
+        Texts that say how the layers are used, and texts to fine-tune candidates on.
     uniform
         Shares at which uniform one-shot factorisation is measured beside it, for the curve.
     seed
@@ -55,10 +55,11 @@ class DemoConfig:
     seconds: float | None = 150.0
     max_steps: int | None = None
     floor: float = 0.97
-    candidates: int = 4
-    recovery_steps: int = 60
+    candidates: int = 3
+    recovery_steps: int = 80
+    recovery: int = 2000
     calibration: int = 512
-    uniform: tuple[float, ...] = field(default=(0.9, 0.75, 0.6))
+    uniform: tuple[float, ...] = field(default=(0.9, 0.75))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class DemoConfig:
             "candidates": 2,
             "recovery_steps": 4,
             "calibration": 96,
+            "recovery": 128,
             "uniform": (0.6,),
             # So few queries cannot decide a floor near 1.
             "floor": 0.8,

@@ -13,6 +13,7 @@ from fullrank.compress import Distillation
 from fullrank.compress.factorization import factorised
 from fullrank.core.files import atomic_write
 from fullrank.demo.cache import Cache
+from fullrank.training.quiet import training_form
 
 
 class CachedRecovery:
@@ -39,14 +40,17 @@ class CachedRecovery:
         key = self._cache.key(
             "recovered", self._source, ranks, settings.steps, settings.lr, settings.seed
         )
-        if self._cache.folder is None:
-            settings(student)
-            return
+        assert self._cache.folder is not None
         path = self._cache.folder / f"{key}.safetensors"
         try:
             student.load_state_dict(load_file(path))
             self._cache.hits += 1
         except (OSError, SafetensorError, RuntimeError):
-            settings(student)
+            # The form in which a CPU trains fastest; it leaves the weights as they are.
+            on_cpu = next(student.parameters()).device.type == "cpu"
+            with training_form(
+                student, freeze_embeddings=True, dropout=None, plain_attention=on_cpu
+            ):
+                settings(student)
             tensors = {n: t.detach().contiguous() for n, t in student.state_dict().items()}
             atomic_write(path, safetensors_bytes(tensors))

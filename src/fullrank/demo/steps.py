@@ -30,10 +30,13 @@ from fullrank.demo.recovery import CachedRecovery
 from fullrank.evaluate import FloorTest, floor_test, smallest_floor
 from fullrank.retrieval import Encoder, RankingMetric
 from fullrank.training import EncoderTraining, TrainedEncoder, train_encoder
+from fullrank.training.quiet import precision_of
 
 METRIC = "nDCG@10"
 # Tokens of a text in training, calibration and recovery.
 SHORT = 64
+# Shares of the linear parameters between which the smallest is looked for.
+_START, _LOWEST = 0.75, 0.5
 
 
 def collect(config: DemoConfig) -> Dataset:
@@ -81,14 +84,12 @@ class Encoding:
 
 def train(config: DemoConfig, data: Dataset, cache: Cache, progress: bool) -> TrainedEncoder:
     """Fine-tune the encoder on the train part; a run that was interrupted goes on."""
+    small: dict[str, Any] = {"max_tokens": 32, "batch_size": 8, "evaluations": 2}
     settings = EncoderTraining(
         seconds=config.seconds,
         max_steps=config.max_steps,
-        max_tokens=SHORT if not config.quick else 32,
-        batch_size=32 if not config.quick else 8,
-        dev_tokens=config.tokens,
-        evaluations=5 if not config.quick else 2,
         seed=config.seed,
+        **(small if config.quick else {}),
     )
     key = cache.key(
         "tuned", config.encoder, data.manifest["sha256"], dict(data.parts), settings.as_dict()
@@ -99,12 +100,12 @@ def train(config: DemoConfig, data: Dataset, cache: Cache, progress: bool) -> Tr
     )
 
 
-def calibration_texts(config: DemoConfig, data: Dataset) -> list[str]:
-    """Texts that say how the layers are used: half train queries, half documents."""
+def sample_texts(config: DemoConfig, data: Dataset, count: int) -> list[str]:
+    """Draw texts like those the model will see: half train queries where there are as many."""
     draw = random.Random(config.seed)
     queries = sorted(data.split("train").queries.values())
-    half = min(config.calibration // 2, len(queries))
-    documents = draw.sample(data.corpus.contents, min(config.calibration - half, len(data.corpus)))
+    half = min(count // 2, len(queries))
+    documents = draw.sample(data.corpus.contents, min(count - half, len(data.corpus)))
     return draw.sample(queries, half) + documents
 
 
@@ -149,14 +150,20 @@ def shrink(
     dev = data.split("dev")
     metric = encoding.metric(dev)
     clusters = [dev.clusters[q] for q in metric.queries]
-    texts = calibration_texts(config, data)
     model = tuned.encoder.model
-    batches = list(Batches(model, texts, max_length=SHORT))
+    seen = Batches(model, sample_texts(config, data, config.calibration), max_length=SHORT)
     stats = CalibrationStats(factorisable(model), gradients=True)
-    stats.observe(model, Batches(model, batches), progress=progress, seed=config.seed)
+    stats.observe(model, seen, progress=progress, seed=config.seed)
+    texts = sample_texts(config, data, config.recovery)
     recovery = CachedRecovery(
         Distillation(
-            model, batches, steps=config.recovery_steps, seed=config.seed, progress=progress
+            model,
+            texts,
+            max_length=SHORT,
+            steps=config.recovery_steps,
+            autocast=precision_of("auto", next(model.parameters()).device),
+            seed=config.seed,
+            progress=progress,
         ),
         cache,
         [tuned.encoder.key, texts],
@@ -170,6 +177,8 @@ def shrink(
             calibration=stats,
             clusters=clusters,
             recover=recovery,
+            start=_START,
+            lowest=_LOWEST,
             max_candidates=config.candidates,
             progress=progress,
             seed=config.seed,
