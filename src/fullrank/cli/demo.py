@@ -43,8 +43,11 @@ def demo(
     """
     from rich.console import Console
 
+    from fullrank.core.errors import InputError
     from fullrank.demo import DemoConfig, run_demo
 
+    if every and (size is not None or quick):
+        raise InputError("--all takes every document; leave out --size and --quick")
     changes = {
         "every": every,
         "size": size or (None if every else 3500),

@@ -57,7 +57,7 @@ def pydocs(
     every
         Take every installed package instead, and keep all documents.
     quick
-        A few hundred documents of the first package, for trying things out.
+        At most 300 documents of the first package, for trying things out.
     seed
         Of the draw and of the split.
 
@@ -92,7 +92,9 @@ def pydocs(
     if quick:
         draft.keep_components(QUICK_QUERIES)
     draft.split()
-    limit = QUICK_DOCUMENTS if quick else None if every else size
+    limit = None if every else size
+    if quick:
+        limit = min(limit or QUICK_DOCUMENTS, QUICK_DOCUMENTS)
     return draft.dataset(chosen, draft.sample(limit))
 
 
