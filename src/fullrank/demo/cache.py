@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Cache:
-    """Embeddings and model folders by the hash of everything they were computed from.
+    """Arrays by the hash of everything they were computed from; names for other entries.
 
     An entry appears whole or not at all, and one that cannot be read is made again.
 
@@ -64,26 +63,3 @@ class Cache:
             return made
         self.hits += 1
         return found
-
-    def model(self, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
-        """Return a folder that ``make`` has filled, and whether it was there before.
-
-        Without a cache folder there is nowhere to put one: give the demo a folder instead.
-        """
-        assert self.folder is not None
-        target = self.folder / key
-        if target.is_dir():
-            self.hits += 1
-            return target, True
-        # Not under a temporary name that is thrown away: what was begun can be resumed.
-        part = self.folder / f"{key}.part"
-        part.mkdir(parents=True, exist_ok=True)
-        make(part)
-        part.rename(target)
-        return target, False
-
-    def forget(self, key: str) -> None:
-        """Remove an entry that turned out to be unusable."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder / key, ignore_errors=True)
-            (self.folder / f"{key}.npy").unlink(missing_ok=True)
