@@ -18,6 +18,7 @@ from fullrank.compress.matrices import matricise
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError, StoreError
 from fullrank.core.files import atomic_write
+from fullrank.core.modes import evaluating
 from fullrank.core.moments import Moments
 from fullrank.core.progress import progress as progress_bar
 
@@ -212,26 +213,22 @@ class CalibrationStats(Mapping[str, LayerStats]):
         """
         batches = data if isinstance(data, Batches) else Batches(model, data)
         generator = torch.Generator().manual_seed(seed)
-        was_training = model.training
-        model.eval()
         seen = 0
         current: list[Tensor | None] = [None]
-        try:
-            with (
-                self.watch(lambda: current[0]),
-                progress_bar("calibrate", batches.total, progress, "batches") as advance,
-            ):
-                for batch in batches:
-                    current[0] = attention_mask(batch)
-                    if self._gradients:
-                        self._with_gradients(model, batch, current[0], generator)
-                    else:
-                        with torch.no_grad():
-                            call(model, batch)
-                    seen += 1
-                    advance(1)
-        finally:
-            model.train(was_training)
+        with (
+            evaluating(model),
+            self.watch(lambda: current[0]),
+            progress_bar("calibrate", batches.total, progress, "batches") as advance,
+        ):
+            for batch in batches:
+                current[0] = attention_mask(batch)
+                if self._gradients:
+                    self._with_gradients(model, batch, current[0], generator)
+                else:
+                    with torch.no_grad():
+                        call(model, batch)
+                seen += 1
+                advance(1)
         if not seen:
             raise InputError("the calibration data is empty; give at least a few dozen samples")
         return self

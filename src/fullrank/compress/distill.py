@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fullrank.compress.batches import Batches, Output, attention_mask, call, output_of
 from fullrank.core.errors import InputError
+from fullrank.core.modes import evaluating
 from fullrank.core.progress import progress as progress_bar
 
 
@@ -68,7 +69,7 @@ class Distillation:
     teacher: nn.Module
     data: Iterable[Any]
     steps: int = 100
-    lr: float = 2e-4
+    lr: float = 1e-4
     seconds: float | None = None
     batch_size: int = 32
     max_length: int | None = None
@@ -99,7 +100,8 @@ class Distillation:
 
     def __call__(self, student: nn.Module) -> None:
         """Train the student, in place."""
-        with _trainable(student) as parameters, _evaluating(student), _evaluating(self.teacher):
+        # Without dropout, both see the same function of the same batch.
+        with _trainable(student) as parameters, evaluating(student), evaluating(self.teacher):
             if not parameters:
                 raise InputError("the model to recover has no trainable parameter")
             start = [p.detach().clone() for p in parameters]
@@ -187,14 +189,3 @@ def _trainable(model: nn.Module) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(True)
         for parameter in model.parameters():
             parameter.grad = None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout: both models then see the same function of the same batch."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -55,10 +55,10 @@ class DemoConfig:
     seconds: float | None = 150.0
     max_steps: int | None = None
     floor: float = 0.97
-    candidates: int = 3
-    recovery_steps: int = 80
+    candidates: int = 2
+    recovery_steps: int = 160
     recovery: int = 2000
-    calibration: int = 512
+    calibration: int = 400
     uniform: tuple[float, ...] = field(default=(0.9, 0.75))
     seed: int = 0
 

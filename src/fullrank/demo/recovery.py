@@ -13,6 +13,7 @@ from fullrank.compress import Distillation
 from fullrank.compress.factorization import factorised
 from fullrank.core.files import atomic_write
 from fullrank.demo.cache import Cache
+from fullrank.demo.memory import give_back_memory
 from fullrank.training.quiet import training_form
 
 
@@ -54,3 +55,4 @@ class CachedRecovery:
                 settings(student)
             tensors = {n: t.detach().contiguous() for n, t in student.state_dict().items()}
             atomic_write(path, safetensors_bytes(tensors))
+            give_back_memory()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import resource
 import shutil
 import sys
 import time
@@ -21,6 +18,8 @@ from fullrank.core.table import Table
 from fullrank.demo import steps
 from fullrank.demo.cache import Cache
 from fullrank.demo.config import METRICS, DemoConfig
+from fullrank.demo.encoding import Encoded, Encoding
+from fullrank.demo.memory import give_back_memory, peak_bytes
 from fullrank.demo.outcome import Outcome, Sizes
 from fullrank.demo.pages import write_report
 from fullrank.demo.systems import Pipelines, Settings, latencies
@@ -45,7 +44,7 @@ class Clock:
         began = time.monotonic()
         yield
         self.seconds[title] = time.monotonic() - began
-        _give_back_memory()
+        give_back_memory()
 
     def note(self, text: str) -> None:
         """Say what a step found."""
@@ -102,7 +101,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
         data = steps.collect(config)
         dev, test = data.split("dev"), data.split("test")
         clock.note(repr(data))
-    encoding = steps.Encoding(cache, data.corpus, config.tokens, progress)
+    encoding = Encoding(cache, data.corpus, config.tokens, progress)
     with clock.step("index it: BM25, and vectors of the encoder", "30 s"):
         pipelines = Pipelines(data)
         base = encoding(config.encoder)
@@ -151,7 +150,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
             for name, stage in _systems(pipelines, encoders, settings).items()
         }
         comparison = _compare(runs, test, config)
-        sizes = _sizes(out, config, data, encoders)
+        sizes = _sizes(out, config, index, data)
         speed = _latency_table(index, test.queries)
     with clock.step("report"):
         outcome = Outcome(
@@ -169,7 +168,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
             sizes=sizes,
             latency=speed,
             seconds=dict(clock.seconds),
-            peak_bytes=_peak_bytes(),
+            peak_bytes=peak_bytes(),
             from_cache=cache.hits,
         )
         write_report(outcome, out / "report.html")
@@ -178,7 +177,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
 
 
 def _systems(
-    pipelines: Pipelines, encoders: dict[str, steps.Encoded], settings: Settings
+    pipelines: Pipelines, encoders: dict[str, Encoded], settings: Settings
 ) -> dict[str, Any]:
     """What is compared: the untuned encoder in every way, its successors where it matters."""
     families = {
@@ -218,7 +217,7 @@ def _index(
     config: DemoConfig,
     out: Path,
     data: Any,
-    encoders: dict[str, steps.Encoded],
+    encoders: dict[str, Encoded],
     settings: Settings,
 ) -> Any:
     """Write the index that `serve` and `order search` open, from vectors that are there."""
@@ -246,7 +245,7 @@ def _index(
 
 
 def _latency_table(index: Any, queries: Any) -> Table:
-    sample = dict(list(queries.items())[:60])
+    sample = dict(list(queries.items())[:40])
     rows = []
     for name, stage in index.systems.items():
         median, tail = latencies(stage, sample)
@@ -259,9 +258,7 @@ def _latency_table(index: Any, queries: Any) -> Table:
     )
 
 
-def _sizes(
-    out: Path, config: DemoConfig, data: Any, encoders: dict[str, steps.Encoded]
-) -> list[Sizes]:
+def _sizes(out: Path, config: DemoConfig, index: Any, data: Any) -> list[Sizes]:
     from fullrank.core.models import resolve_model
 
     folders: dict[str, Path] = {
@@ -269,23 +266,9 @@ def _sizes(
         "tuned": out / "models" / "tuned",
         "shrunk": out / "models" / "shrunk",
     }
-    texts = data.corpus.contents[:: max(1, len(data.corpus) // 256)]
+    texts = data.corpus.contents[:: max(1, len(data.corpus) // 128)]
     return [
-        Sizes.measure(name, encoders[name].encoder, texts, steps.folder_bytes(folder))
+        Sizes.measure(name, index.encoders[name].loaded, texts, steps.folder_bytes(folder))
         for name, folder in folders.items()
         if folder.is_dir()
     ]
-
-
-def _give_back_memory() -> None:
-    """Return what a step freed to the system, where the C library can: peaks do not add up."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _peak_bytes() -> int:
-    """Most memory this process ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)

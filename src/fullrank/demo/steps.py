@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,64 +21,25 @@ from fullrank.compress import (
 )
 from fullrank.compress import shrink as search_smallest
 from fullrank.compress.targets import factorisable
-from fullrank.core.corpus import Corpus
 from fullrank.datasets import Dataset, pydocs
-from fullrank.demo.cache import Cache, Vectors
+from fullrank.demo.cache import Cache
 from fullrank.demo.config import DemoConfig
+from fullrank.demo.encoding import Encoded, Encoding
 from fullrank.demo.recovery import CachedRecovery
 from fullrank.evaluate import FloorTest, floor_test, smallest_floor
-from fullrank.retrieval import Encoder, RankingMetric
+from fullrank.retrieval import RankingMetric
 from fullrank.training import EncoderTraining, TrainedEncoder, train_encoder
 from fullrank.training.quiet import precision_of
 
-METRIC = "nDCG@10"
-# Tokens of a text in training, calibration and recovery.
-SHORT = 64
 # Shares of the linear parameters between which the smallest is looked for.
 _START, _LOWEST = 0.75, 0.5
+# Targets of distillation have no noise: many small steps reach lower than few large ones.
+_RECOVERY_BATCH = 16
 
 
 def collect(config: DemoConfig) -> Dataset:
     """Read the documentation of the packages on this machine."""
     return pydocs(size=config.size, every=config.every, quick=config.quick, seed=config.seed)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An encoder with the vectors of all documents."""
-
-    encoder: Encoder
-    vectors: Vectors
-
-
-class Encoding:
-    """Encodes documents, keeping the vectors for the next run."""
-
-    def __init__(self, cache: Cache, corpus: Corpus, tokens: int, progress: bool) -> None:
-        self._cache, self._corpus = cache, corpus
-        self._tokens, self._progress = tokens, progress
-
-    def __call__(self, model: Any) -> Encoded:
-        """Encode the corpus with a model."""
-        encoder = Encoder(model, max_tokens=self._tokens)
-        return Encoded(encoder, self.vectors(encoder, self._corpus.contents))
-
-    def vectors(self, encoder: Encoder, texts: Sequence[str]) -> Vectors:
-        """Encode texts, unless the same encoder has done so before."""
-        key = self._cache.key("vectors", encoder.key, self._corpus.fingerprint, len(texts))
-        return self._cache.array(key, lambda: encoder.encode(texts, progress=self._progress))
-
-    def metric(self, part: Dataset) -> RankingMetric:
-        """Return nDCG@10 of a model's dense ranking on a part's queries."""
-        return RankingMetric(
-            METRIC,
-            part.corpus,
-            part.queries,
-            part.qrels,
-            exclude=part.exclude,
-            max_tokens=self._tokens,
-            encode=self.vectors,
-        )
 
 
 def train(config: DemoConfig, data: Dataset, cache: Cache, progress: bool) -> TrainedEncoder:
@@ -151,7 +111,9 @@ def shrink(
     metric = encoding.metric(dev)
     clusters = [dev.clusters[q] for q in metric.queries]
     model = tuned.encoder.model
-    seen = Batches(model, sample_texts(config, data, config.calibration), max_length=SHORT)
+    # Texts are as long as those that will be encoded: factors made for the first 64 tokens of
+    # documents read to 128 lost three times as much nDCG.
+    seen = Batches(model, sample_texts(config, data, config.calibration), max_length=config.tokens)
     stats = CalibrationStats(factorisable(model), gradients=True)
     stats.observe(model, seen, progress=progress, seed=config.seed)
     texts = sample_texts(config, data, config.recovery)
@@ -159,14 +121,15 @@ def shrink(
         Distillation(
             model,
             texts,
-            max_length=SHORT,
+            max_length=config.tokens,
+            batch_size=_RECOVERY_BATCH,
             steps=config.recovery_steps,
             autocast=precision_of("auto", next(model.parameters()).device),
             seed=config.seed,
             progress=progress,
         ),
         cache,
-        [tuned.encoder.key, texts],
+        [tuned.encoder.fingerprint, texts, config.tokens, _RECOVERY_BATCH],
     )
     reference = metric(model)
     try:

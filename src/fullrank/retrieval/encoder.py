@@ -159,6 +159,20 @@ class Encoder:
             return self._key
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides the vectors on this machine; nothing is built for it.
+
+        It holds weights, configuration, the dtype asked for and what this CPU can do. For caches
+        that stay on one machine; :attr:`key` is for those that travel.
+        """
+        import torch
+
+        cpu = torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else ""
+        machine = [torch.__version__, self.device.type, cpu]
+        settings = [self._wanted, self.max_tokens, sorted(self._prompts.items())]
+        return _content_hash(self.model, [_VERSION, *machine, *settings])
+
+    @property
     def state(self) -> tuple[tuple[int, int], ...]:
         """Something cheap that changes when a weight is written to, replaced or moved."""
         return _weight_state(self.model)

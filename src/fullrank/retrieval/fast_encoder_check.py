@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fullrank.core.modes import evaluating
 from fullrank.retrieval import fast_encoder_int8 as int8
 from fullrank.retrieval.fast_encoder import PackedEncoder, UnsupportedModelError, read_model
 from fullrank.retrieval.fast_encoder_texts import CALIBRATION, CHECK
@@ -79,19 +80,16 @@ def _random(model: Any, limit: int) -> list[list[int]]:
 def _reference(model: Any, tokenize: Tokenize) -> Tensor:
     """Encode the check texts with the model itself; its tokens have to be ours."""
     expected = []
-    training = model.training
-    model.eval()
     try:
-        for text in CHECK:
-            features = model.preprocess([text])
-            expected.append(model(features)["sentence_embedding"][0])
-            ids, own = features["input_ids"][0].tolist(), tokenize([text])[0].ids
-            if ids[: len(own) - 1] != own[:-1]:
-                raise UnsupportedModelError("tokens that differ from its tokenizer's")
+        with evaluating(model):
+            for text in CHECK:
+                features = model.preprocess([text])
+                expected.append(model(features)["sentence_embedding"][0])
+                ids, own = features["input_ids"][0].tolist(), tokenize([text])[0].ids
+                if ids[: len(own) - 1] != own[:-1]:
+                    raise UnsupportedModelError("tokens that differ from its tokenizer's")
     except (KeyError, TypeError) as error:
         raise UnsupportedModelError(f"features of another kind ({error!r})") from error
-    finally:
-        model.train(training)
     return functional.normalize(torch.stack(expected).float(), dim=-1)
 
 

@@ -16,7 +16,7 @@ from fullrank.retrieval.dense import Dense
 from fullrank.retrieval.encoder import Encoder, Vectors
 
 Encode = Callable[[Encoder, Sequence[str]], Vectors]
-"""How documents are encoded, for callers that keep what they had before."""
+"""How documents are encoded, for callers that want their vectors too."""
 
 
 class RankingMetric:
@@ -39,6 +39,9 @@ class RankingMetric:
         How deep a ranking goes.
     encode
         Called with an encoder and the documents' contents; by default they are just encoded.
+    encoder
+        Called with a model, returns the encoder to use, e.g. one that remembers what it encoded;
+        by default an :class:`Encoder` with ``max_tokens``.
 
     Attributes
     ----------
@@ -64,6 +67,7 @@ class RankingMetric:
         max_tokens: int | None = None,
         depth: int = 100,
         encode: Encode | None = None,
+        encoder: Callable[[Any], Encoder] | None = None,
     ) -> None:
         self._texts = {q: text for q, text in queries.items() if q in qrels}
         if not self._texts:
@@ -73,13 +77,13 @@ class RankingMetric:
         self.queries = tuple(self._texts)
         self._qrels = {q: qrels[q] for q in self.queries}
         self._exclude = {q: tuple(ids) for q, ids in (exclude or {}).items() if q in self._texts}
-        self._max_tokens = max_tokens
         self._depth = depth
+        self._encoder = encoder or (lambda model: Encoder(model, max_tokens=max_tokens))
         self._encode = encode or (lambda encoder, texts: encoder.encode(texts))
 
     def run(self, model: Any) -> Run:
         """Rank for every judged query."""
-        encoder = Encoder(model, max_tokens=self._max_tokens)
+        encoder = self._encoder(model)
         vectors = self._encode(encoder, self.corpus.contents)
         # What is left out of a ranking must not make it shorter than it was to be.
         depth = self._depth + max(map(len, self._exclude.values()), default=0)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fullrank.core.errors import InputError
+from fullrank.core.modes import evaluating
 from fullrank.evaluate import parse_metric
 from fullrank.training.config import EncoderTraining
 
@@ -108,9 +109,7 @@ class DevSet:
         """Return the metric and RankMe of the documents' vectors. The model is left as it was."""
         from fullrank.spectra import rankme
 
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             if self._metric is not None:
                 from fullrank.retrieval import Encoder
 
@@ -118,8 +117,6 @@ class DevSet:
                 self._encode(Encoder(model, max_tokens=self.tokens), self.documents.contents)
             else:
                 value = float(self._ranking(model).mean())
-        finally:
-            model.train(was_training)
         if not np.isfinite(value):
             raise InputError(f"the development metric {self.name} is {value}; it must be finite")
         with warnings.catch_warnings():
