@@ -1,9 +1,16 @@
 """What all tests share."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from tiny_models import save_encoder
+
+# Property tests are the same on every machine and do not watch the clock.
+settings.register_profile("fullrank", deadline=None, derandomize=True, database=None)
+settings.load_profile("fullrank")
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +20,18 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("FULLRANK_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """Folder of a random encoder of some words: made once, for all tests, which leave it alone."""
+
+    @functools.cache
+    def made(*words: str, layers: int = 1, length: int = 32) -> Path:
+        folder = tmp_path_factory.mktemp("encoder")
+        return save_encoder(folder, words, layers=layers, length=length)
+
+    return made
 
 
 @pytest.hookimpl(hookwrapper=True)

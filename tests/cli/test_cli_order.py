@@ -74,6 +74,7 @@ def test_filters(fullrank, index):
     assert shown.code == 0, shown
     assert "matrix" in shown.out
     assert "apple" not in shown.out
+    assert "apple" in fullrank("order", "search", index, "fruit", "--where", "kind!=m").out
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_filters(fullrank, index):
         (["search", "{index}"], "either a query or --queries"),
         (["search", "{index}", ""], "the query is empty"),
         (["search", "{index}", "x", "--system", "magic"], "no system 'magic'"),
-        (["search", "{index}", "x", "--where", "kind"], "FIELD=VALUE"),
+        (["search", "{index}", "x", "--where", "kind"], "is no comparison"),
         (["search", "{files}", "x"], "no fullrank index"),
         (["search", "{files}/absent", "x"], "absent"),
         (["index", "{files}/absent.jsonl"], "absent.jsonl"),
@@ -99,6 +100,16 @@ def test_bad_input_is_one_clear_line(fullrank, files, index, arguments, said):
     assert found.code == 2, found
     assert said.format(files=files) in found.err
     assert "Traceback" not in found.err
+
+
+def test_a_model_that_is_not_there_is_said_before_documents_are_read(
+    fullrank, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fullrank.datasets.read_corpus", None)  # would be a bug's message
+    found = fullrank("order", "index", "pydocs", "--out", tmp_path / "i", "--encoder", "a=./absent")
+    assert found.code == 2, found
+    assert "no model at './absent'" in found.err
+    assert not (tmp_path / "i").exists()
 
 
 def test_a_damaged_index_is_said_to_be_damaged(fullrank, files, tmp_path):

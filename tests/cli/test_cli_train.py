@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fullrank.cli.train import app
@@ -13,30 +12,9 @@ from fullrank.core import InputError
 WORDS = [a + b for a in "bcdfghkl" for b in ("ab", "el", "in", "ot", "um", "ay")]
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=32,
-        )
-    ).save_pretrained(folder / "bert")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    inner = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(folder / "st"))
-    return folder / "st"
+@pytest.fixture
+def encoder(tiny_encoder):
+    return tiny_encoder(*WORDS)
 
 
 @pytest.fixture
@@ -112,6 +90,13 @@ def test_bad_options(encoder, beir, tmp_path, options, message):
 def test_bad_data(encoder, tmp_path):
     with pytest.raises(InputError, match="no collection"):
         run(tmp_path / "nothing", "--model", encoder, "--out", tmp_path / "out")
+
+
+def test_a_model_that_is_not_there_is_said_before_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fullrank.datasets.read_dataset", None)  # would be a TypeError
+    with pytest.raises(InputError, match="no model at"):
+        run("pydocs", "--out", tmp_path / "out", "--model", tmp_path / "absent")
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_comes_without_torch():

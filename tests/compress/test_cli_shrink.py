@@ -12,36 +12,21 @@ from fullrank.cli.shrink import Floor, parse_floor, shrink
 from fullrank.compress import LowRankLinear, RankPlan
 from fullrank.core.errors import InputError
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizer
 
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=32,
-        )
-    ).save_pretrained(folder / "bert")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    inner = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(folder / "st"))
+@pytest.fixture
+def encoder(tiny_encoder):
+    return tiny_encoder(*LETTERS)
+
+
+@pytest.fixture
+def texts(tmp_path):
     draw = random.Random(0)
-    texts = [" ".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(100)]
-    (folder / "texts.txt").write_text("\n".join(texts))
-    lines = [json.dumps({"text": text}) for text in texts]
-    (folder / "texts.jsonl").write_text("\n".join(lines))
-    return folder
+    lines = [" ".join(draw.choices(LETTERS, k=8)) for _ in range(100)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": x}) for x in lines))
+    return tmp_path / "texts.txt"
 
 
 def run(*arguments):
@@ -58,12 +43,11 @@ def test_floors_are_read():
             parse_floor(bad)
 
 
-def test_a_share_then_its_plan(encoder, tmp_path):
+def test_a_share_then_its_plan(encoder, texts, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    texts = encoder / "texts.txt"
     first = run(
-        encoder / "st", "--out", tmp_path / "a", "--keep", 0.6, "--calibrate", texts, "--no-recover"
+        encoder, "--out", tmp_path / "a", "--keep", 0.6, "--calibrate", texts, "--no-recover"
     )
     assert first.exit_code == 0, first.output
     plan = RankPlan.load(tmp_path / "a" / "plan.json")
@@ -72,8 +56,8 @@ def test_a_share_then_its_plan(encoder, tmp_path):
     layers = [m for m in model.modules() if isinstance(m, LowRankLinear)]
     assert len(layers) == sum(e.rank is not None for e in plan.values()) > 0
     second = run(
-        encoder / "st", "--out", tmp_path / "b", "--plan", tmp_path / "a" / "plan.json",
-        "--calibrate", encoder / "texts.jsonl", "--no-recover",
+        encoder, "--out", tmp_path / "b", "--plan", tmp_path / "a" / "plan.json",
+        "--calibrate", texts.with_suffix(".jsonl"), "--no-recover",
     )  # fmt: skip
     assert second.exit_code == 0, second.output
     other = SentenceTransformer(str(tmp_path / "b"), device="cpu")
@@ -95,15 +79,40 @@ def test_a_share_then_its_plan(encoder, tmp_path):
         (["--plan", "absent.json", "--calibrate", "{texts}"], "no plan at"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_written(encoder, tmp_path, arguments, message):
-    texts = encoder / "texts.txt"
+def test_bad_input_is_named_and_nothing_is_written(encoder, texts, tmp_path, arguments, message):
     given = [str(a).replace("{texts}", str(texts)) for a in arguments]
-    result = run(encoder / "st", "--out", tmp_path / "out", *given)
+    result = run(encoder, "--out", tmp_path / "out", *given)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_left_alone(encoder):
-    result = run(encoder / "st", "--out", encoder, "--keep", 0.5)
+    result = run(encoder, "--out", encoder, "--keep", 0.5)
     assert "exists already" in str(result.exception)
+
+
+def test_an_interruption_while_writing_leaves_nothing(encoder, texts, tmp_path, monkeypatch):
+    given = [
+        encoder,
+        "--out",
+        tmp_path / "out",
+        "--keep",
+        0.6,
+        "--calibrate",
+        texts,
+        "--no-recover",
+    ]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = set(tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(RankPlan, "save", interrupted)
+        assert run(*given).exit_code == 130
+    assert set(tmp_path.iterdir()) == before
+    again = run(*given)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "out" / "plan.json").is_file()
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}

@@ -1,8 +1,7 @@
-"""What the tests of `Index` share: a tiny encoder, documents, an interruption."""
+"""What the tests of `Index` share: documents and an interruption."""
 
 import random
 import sys
-from pathlib import Path
 
 from fullrank.core import Corpus, Document
 
@@ -11,32 +10,6 @@ alpha beta gamma delta epsilon zeta theta iota kappa lambda omicron sigma upsilo
 vector tensor scalar spectrum rank value norm trace basis kernel image
 """
 WORDS = TEXT.split()
-
-
-def save_encoder(folder: Path, seed: int = 0) -> Path:
-    """Write a random BERT of one layer, 32 numbers a vector, 32 tokens a text."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    inner = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(folder / "model"))
-    return folder / "model"
 
 
 def make_documents(count: int, start: int = 0, words: int = 8) -> list[Document]:

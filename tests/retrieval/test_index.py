@@ -5,7 +5,8 @@ import threading
 
 import numpy as np
 import pytest
-from index_tools import WORDS, make_corpus, make_documents, save_encoder
+from index_tools import WORDS, make_corpus, make_documents
+from tiny_models import save_encoder
 
 from fullrank.core import Corpus, Document, InputError, StoreError
 from fullrank.retrieval import BM25, Dense, Encoder, Index, rrf, weighted
@@ -16,8 +17,8 @@ KINDS = ["bm25", "dense", "rrf", "weighted", "feedback"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_encoder(tmp_path_factory.mktemp("models"))
+def model(tiny_encoder):
+    return tiny_encoder(*WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,11 @@ def test_snippets_show_the_best_passage(model, tmp_path):
     assert index.snippet("", "short") == "spectrum of a tensor"
     with pytest.raises(InputError, match="no document 'x'"):
         index.snippet("matrix", "x")
+    for system in ("bm25", "rrf"):
+        long_, short = (index.snippet("matrix", d, system=system, width=80) for d in corpus.ids)
+        shown = index.snippets("matrix", ["short", "long"], system=system, width=80)
+        assert shown == [short, long_]
+    assert index.snippets("matrix", []) == []
 
 
 # -- changing ----------------------------------------------------------------------------------
@@ -339,7 +345,7 @@ def test_bm25_options_survive_changes(corpus, tmp_path):
 
 def test_a_folder_moves_with_the_models_beside_it(corpus, tmp_path):
     home = tmp_path / "home of models"
-    model = save_encoder(home / "models")
+    model = save_encoder(home / "models", WORDS)
     index = Index.create(home / "index", corpus, {"tiny": model}, progress=False)
     assert index.manifest.encoders["tiny"].model == "../models/model"
     expected = index.search(QUERIES, system="dense")
@@ -371,10 +377,10 @@ def test_a_model_in_memory_is_copied_into_the_index(corpus, model, tmp_path):
 
 
 def test_another_model_in_the_old_place_is_noticed(corpus, tmp_path):
-    model = save_encoder(tmp_path / "m")
+    model = save_encoder(tmp_path / "m", WORDS)
     index = Index.create(tmp_path / "index", corpus, {"tiny": model}, progress=False)
     shutil.rmtree(model)
-    save_encoder(tmp_path / "m", seed=1)
+    save_encoder(tmp_path / "m", WORDS, seed=1)
     opened = Index.open(index.folder)
     assert opened.search("matrix", system="bm25")["q"].ids.size
     for change in (
@@ -467,6 +473,36 @@ def test_what_was_encoded_is_not_encoded_again(corpus, model, tmp_path, encoded)
     more = Corpus.from_documents([*corpus, *make_documents(2, start=300)])
     Index.create(tmp_path / "a", more, {"t": model, "u": model}, progress=False)
     assert len(encoded) == 2  # what the replaced index had is taken over, by both
+
+
+def test_a_snapshot_stays(copied):
+    taken = copied.snapshot()
+    expected = taken.search(QUERIES, 50)
+    copied.delete(["d1"])
+    assert "d1" in taken.corpus
+    assert taken.search(QUERIES, 50) == expected
+    assert taken.refresh()
+    assert "d1" not in taken.corpus
+    assert taken.search(QUERIES, 50) == copied.search(QUERIES, 50)
+
+
+def test_what_vanishes_while_an_index_is_open_is_named(copied):
+    generation = generation_folder(copied.folder, 1)
+    for gone, ask, said in (
+        ("lance/documents.lance", lambda index: len(index.corpus), "the documents cannot be read"),
+        ("bm25", lambda index: index.search("matrix", system="bm25"), "no BM25 index"),
+        (
+            "vectors/tiny.npy",
+            lambda index: index.search("matrix", system="dense"),
+            "the vectors of 'tiny' cannot be read",
+        ),
+    ):
+        index = Index.open(copied.folder)
+        (generation / gone).rename(copied.folder / "away")
+        with pytest.raises(StoreError, match=said):
+            ask(index)
+        (copied.folder / "away").rename(generation / gone)
+        ask(index)  # tried again, not remembered
 
 
 # -- threads -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from index_tools import counted, make_corpus, make_documents, save_encoder
+from index_tools import WORDS, counted, make_corpus, make_documents
 
 from fullrank.core import Corpus, Document, InputError, LockedError, StoreError
 from fullrank.retrieval import Encoder, Index, index_build, index_manifest, index_vectors
@@ -22,8 +22,8 @@ QUERIES = {"q1": "matrix rank", "q2": "alpha omega spectrum"}
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return Encoder(save_encoder(tmp_path_factory.mktemp("models")))
+def encoder(tiny_encoder):
+    return Encoder(tiny_encoder(*WORDS))
 
 
 @pytest.fixture(scope="module")

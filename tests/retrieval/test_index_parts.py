@@ -120,6 +120,22 @@ def test_snippets_are_of_the_part_that_matters():
     assert best_snippet("x", Document("d", "", "Only a title")) == "Only a title"
 
 
+def test_words_are_found_by_their_stems_however_they_are_written():
+    text = "İSTANBUL and Istanbul's RANKING of 𝒳-ranks; prank, ranked_by, rank"
+    found = best_snippet("ranks istanbul ranked_by", Document("d", text))
+    assert [found[a:b] for a, b in found.highlights] == [
+        "İSTANBUL", "Istanbul", "RANKING", "ranks", "ranked_by", "rank"
+    ]  # fmt: skip
+
+
+def test_a_rare_word_is_found_behind_thousands_of_others():
+    text = "The matrix stands here, and here is a matrix. " * 4000 + "A rare eigenvalue, at last."
+    found = best_snippet("matrix eigenvalue", Document("d", text, "Title"), width=60)
+    assert found == "A rare eigenvalue, at last."
+    query = "matrix " + " ".join(f"word{i}" for i in range(100_000))
+    assert best_snippet(query, Document("d", text)).highlights
+
+
 # -- vectors ---------------------------------------------------------------------------------
 
 

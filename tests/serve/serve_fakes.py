@@ -104,7 +104,10 @@ class FakeIndex:
     def search(self, query: str, k: int, *, system: str) -> Run:
         return self.systems[system]({"q": query}).top(k)
 
-    def snippet(self, query: str, document: str, *, system: str) -> Snippet:
+    def snippets(self, query: str, documents: list[str], *, system: str) -> list[Snippet]:
+        return [self.snippet(query, document) for document in documents]
+
+    def snippet(self, query: str, document: str) -> Snippet:
         snippet = Snippet(self.corpus[document].text[:700])
         wanted = set(WORD.findall(query.lower()))
         snippet.highlights = [m.span() for m in WORD.finditer(snippet) if m[0].lower() in wanted]

@@ -218,7 +218,7 @@ def test_openapi_describes_what_is_answered(client):
     api = client.get("/openapi.json").json()
     assert set(api["paths"]) == {"/search", "/systems", "/document", "/healthz"}
     operation = api["paths"]["/search"]["get"]
-    assert set(operation["responses"]) == {"200", "404", "414", "422", "429"}
+    assert set(operation["responses"]) == {"200", "404", "414", "422", "429", "503"}
     (query,) = (p for p in operation["parameters"] if p["name"] == "q")
     assert query["schema"]["maxLength"] == 200
     body = api["components"]["schemas"]["SearchRequest"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
@@ -60,7 +64,8 @@ def main() -> NoReturn:
     # Accepted anywhere on the line, not just before the command.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        returned = app(args=arguments, prog_name="fullrank", standalone_mode=False)
+        with _no_interrupt_lost():
+            returned = app(args=arguments, prog_name="fullrank", standalone_mode=False)
         code = returned if isinstance(returned, int) else 0
     except Exception as error:
         if debug:
@@ -72,6 +77,30 @@ def main() -> NoReturn:
     if code == _INTERRUPTED:
         typer.echo("interrupted; what was finished is kept, run the command again", err=True)
     sys.exit(code)
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise a Ctrl-C again that came where Python cannot raise it.
+
+    In a destructor or a callback of a weak reference Python prints the exception and drops it:
+    the command would go on as if nothing had been pressed.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.01, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _report(error: Exception) -> int:

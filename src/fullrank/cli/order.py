@@ -41,19 +41,20 @@ def index(
     """
     from rich.console import Console
 
-    from fullrank.core.models import DEFAULT_ENCODER
+    from fullrank.core.models import DEFAULT_ENCODER, find_model
     from fullrank.datasets import read_corpus
     from fullrank.retrieval import Index
 
     folder = out or Path(f"{_stem(docs)}.index")
-    corpus = read_corpus(docs)
     if add:
         made = Index.open(folder)
-        made.add(corpus)
+        made.add(read_corpus(docs))
     else:
         named = [e.split("=", 1) if "=" in e else ["dense", e] for e in encoder or []]
         encoders: Any = dict(named) if named else DEFAULT_ENCODER
-        made = Index.create(folder, corpus, encoders)
+        for name in dict(named).values():
+            find_model(name)  # before a long read of documents
+        made = Index.create(folder, read_corpus(docs), encoders)
     Console().print(
         f"{folder}: {len(made.corpus):,} documents, systems {', '.join(made.systems)}.\n"
         f'Try: fullrank order search {folder} "..."   or: fullrank serve {folder}'
@@ -75,7 +76,8 @@ def search(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a TREC run file.")] = None,
     where: Annotated[
-        list[str] | None, typer.Option(help="Metadata filter FIELD=VALUE; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Metadata filter, e.g. lang=en or 'year>=2020'; may be repeated."),
     ] = None,
 ) -> None:
     """Search an index: one query to the screen, or a file of queries to a run file.
@@ -94,12 +96,12 @@ def search(
         raise InputError("--queries needs --out, the run file to write")
     opened = Index.open(index)
     asked = read_queries(queries) if queries is not None else query or ""
-    run = opened.search(asked, k=k, system=system, where=_filters(where))
+    run = opened.search(asked, k=k, system=system, where=where or None)
     console = Console()
     if out is not None:
         console.print(f"{run.to_trec(out)}: {len(run):,} queries, {run.milliseconds:,.0f} ms")
     if query is not None:
-        _show(console, opened, query, run)
+        _show(console, opened, query, run, system)
 
 
 @app.command()
@@ -187,26 +189,16 @@ def _stem(docs: str) -> str:
     return Path(docs.rpartition(":")[2].rstrip("/")).stem.replace("/", "-") or "documents"
 
 
-def _filters(where: list[str] | None) -> dict[str, str] | None:
-    from fullrank.core.errors import InputError
-
-    if not where:
-        return None
-    for text in where:
-        if "=" not in text:
-            raise InputError(f"filter {text!r}; write it as FIELD=VALUE")
-    return dict(text.split("=", 1) for text in where)
-
-
-def _show(console: Console, opened: Any, query: str, run: Run) -> None:
+def _show(console: Console, opened: Any, query: str, run: Run, system: str | None) -> None:
     from rich.markup import escape
 
     ranking = run["q"]
+    snippets = opened.snippets(query, ranking.ids.tolist(), system=system)
     for rank, (item, score) in enumerate(ranking, 1):
         document = opened.corpus[item]
         title = document.title or item
         console.print(f"[bold]{rank:>3}  {escape(title)}[/]  [dim]{escape(item)}  {score:.4f}[/]")
-        text = " ".join(str(opened.snippet(query, item)).split())
+        text = " ".join(snippets[rank - 1].split())
         console.print(f"     {escape(text[:200])}", highlight=False)
     if not len(ranking):
         console.print("nothing found")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +139,18 @@ def shrink(
     else:
         small, chosen = _to_plan(encoder, keep, plan, texts, method, recover, max_length, seed)
     console.print(report(small))
-    save(small, out)
-    chosen.save(out / "plan.json")
-    atomic_write(out / "shrink.json", json.dumps(facts, indent=1).encode())
+    part = out.with_name(f".{out.name}.new")
+    try:
+        # What an interruption left is ours; the folder appears with all that belongs to it.
+        shutil.rmtree(part, ignore_errors=True)
+        save(small, part)
+        chosen.save(part / "plan.json")
+        atomic_write(part / "shrink.json", json.dumps(facts, indent=1).encode())
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     console.print(
         f"{out}: keeps {chosen.savings().kept:.1%} of the linear parameters. After "
         f"`import fullrank` it loads with SentenceTransformer({str(out)!r})."

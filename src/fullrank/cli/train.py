@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fullrank.core.errors import InputError
-from fullrank.core.models import DEFAULT_ENCODER
+from fullrank.core.models import DEFAULT_ENCODER, find_model
 
 app = typer.Typer(no_args_is_help=True, help="Train a model in little memory.")
 
@@ -94,6 +94,7 @@ def encoder(
     )
     if rank is not None and optimizer != "galore_adamw":
         raise InputError(f"--rank is GaLore's; {optimizer} has none")
+    find_model(model)  # before a long read of documents
     dataset = _dataset(data)
     trained = train_encoder(model, dataset, config, out=out, resume=not fresh)
     console = Console()

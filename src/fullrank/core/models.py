@@ -66,6 +66,25 @@ def resolve_model(name: str | Path) -> str:
     return text
 
 
+def find_model(name: str | Path) -> str:
+    """Say early, in seconds, whether there is such a model: as :func:`resolve_model`, and asks.
+
+    Raises
+    ------
+    InputError
+        When neither this machine nor the Hugging Face hub has it.
+
+    Examples
+    --------
+    >>> find_model(DEFAULT_ENCODER) == resolve_model(DEFAULT_ENCODER)
+    True
+    """
+    source = resolve_model(name)
+    if not Path(source).is_dir():
+        _check_hub(source)
+    return source
+
+
 def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
     """Load a model by name, quietly; a name that means nothing is told from a broken model.
 
@@ -81,9 +100,7 @@ def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
     InputError
         When there is no such model, or it cannot be read; the message says which.
     """
-    source = resolve_model(name)
-    if not Path(source).is_dir():
-        _check_hub(source)
+    source = find_model(name)
     try:
         with quiet_transformers():
             return load(source)

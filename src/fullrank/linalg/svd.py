@@ -62,9 +62,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> SVD:
     >>> svd.S.tolist()
     [3.0, 2.0]
     """
-    check_matrix(matrix)
-    check_rank(rank, matrix.shape)
-    U, S, Vh = torch.linalg.svd(working(matrix), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(_checked(matrix, rank), full_matrices=False)
     return SVD(
         U[:, :rank].clone(memory_format=torch.contiguous_format),
         S[:rank].clone(),
@@ -118,13 +116,11 @@ def randomized_svd(
     >>> round(randomized_svd(A, rank=1, generator=0).S.item() ** 2)
     600
     """
-    check_matrix(matrix)
-    check_rank(rank, matrix.shape)
+    A = _checked(matrix, rank)
     if oversample < 0 or iterations < 0:
         raise ValueError(
             f"oversample={oversample} and iterations={iterations}; neither may be negative"
         )
-    A = working(matrix)
     m, n = A.shape
     width = min(rank + oversample, m, n)
     Q = orthonormalised(A @ gaussian(n, width, A, generator))
@@ -181,11 +177,9 @@ def subspace_iteration(
     >>> torch.allclose(warm.S, exact.S, rtol=1e-4)
     True
     """
-    check_matrix(matrix)
-    check_rank(rank, matrix.shape)
+    A = _checked(matrix, rank)
     if iterations < 1:
         raise ValueError(f"{iterations} iterations; at least 1 is needed")
-    A = working(matrix)
     if start is None:
         rows = gaussian(A.shape[1], rank, A, generator).T
     else:
@@ -200,6 +194,13 @@ def subspace_iteration(
     for _ in range(iterations - 1):
         V = orthonormalised(A.T @ orthonormalised(A @ V))
     return _from_range(A, orthonormalised(A @ V), rank)
+
+
+def _checked(matrix: Tensor, rank: int) -> Tensor:
+    """Return the matrix in the dtype it is worked on in, or say why it has no such triplets."""
+    check_matrix(matrix)
+    check_rank(rank, matrix.shape)
+    return working(matrix)
 
 
 def _from_range(A: Tensor, Q: Tensor, rank: int) -> SVD:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,7 @@ from fullrank.retrieval.index_manifest import Manifest, Settings, read_manifest,
 from fullrank.retrieval.index_snippet import Snippet, best_snippet
 from fullrank.retrieval.index_store import sweep, verify_files
 from fullrank.retrieval.index_systems import (
+    best_parts,
     checked_settings,
     default_system,
     load_for,
@@ -48,7 +50,7 @@ class Index:
     where it cannot be written to. Any number of threads and processes may search while one writes:
     a change is a new generation beside the old one and becomes the index in one step, so that
     an interruption, a full disk or a crash leaves the index as it was. An open index goes on
-    with the state that it was opened in until :meth:`refresh`.
+    with the state that it was opened in until :meth:`refresh`; a :meth:`snapshot` keeps its own.
 
     Examples
     --------
@@ -163,6 +165,16 @@ class Index:
             self._view = View(self.folder, self._models, before=self._view)
             return True
 
+    def snapshot(self) -> Index:
+        """Return the index as it is seen now; what is refreshed or changed here does not move it.
+
+        Several calls, e.g. a search and its snippets, then see the same documents. It shares all
+        that is loaded, and costs nothing.
+        """
+        same = copy.copy(self)
+        same._swapping = threading.Lock()
+        return same
+
     # -- what is in it ---------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -197,8 +209,8 @@ class Index:
         """Ready-made pipelines by name, in the order of menus.
 
         ``"bm25"``, ``"dense"``, ``"rrf"``, ``"weighted"`` and ``"feedback"`` (the pseudo-query
-        over what the fusion found). With several encoders all but the first have one each, named
-        ``"dense:NAME"`` and so on; without any there is only the first.
+        over what the fusion found). With several encoders each has its own, named
+        ``"dense:NAME"`` and so on; without any there is only ``"bm25"``.
         """
         view = self._view
         return {name: make_system(name, view) for name in system_names(list(view.encoders))}
@@ -264,37 +276,27 @@ class Index:
     def snippet(
         self, query: str, document: str, *, system: str | None = None, width: int = 240
     ) -> Snippet:
-        """Return the part of a document that shows best why it was found.
+        """Return the part of a document that shows best why a system found it for a query.
 
-        Parameters
-        ----------
-        query
-            What was searched for.
-        document
-            Id of the document.
-        system
-            Which system found it. For one with an encoder, a document of several passages is
-            shown by the passage that is nearest to the query.
-        width
-            Characters at most.
-
-        Returns
-        -------
-        Snippet
-            A string with its place in the text and what to highlight.
+        A system with an encoder shows a document of several passages by the one nearest to the
+        query. The string has at most ``width`` characters; it knows its place in the text and
+        what to highlight.
         """
+        return self.snippets(query, [document], system=system, width=width)[0]
+
+    def snippets(
+        self, query: str, documents: Sequence[str], *, system: str | None = None, width: int = 240
+    ) -> list[Snippet]:
+        """Return a :meth:`snippet` of each of the documents that a query found."""
         view = self._view
-        kind, encoder = parse_system(default_system(view) if system is None else system, view)
-        found, within = view.corpus[document], None
         query = query.encode("utf-8", "replace").decode()
-        if kind != "bm25" and query.strip():
-            row = view.corpus.row(document)
-            passages, _ = view.passages(encoder)
-            mine = passages.of(row)
-            if mine.stop - mine.start > 1:
-                best = view.dense(encoder).best_passages(query, [row])[0]
-                within = int(passages.start[best]), int(passages.stop[best])
-        return best_snippet(query, found, within=within, width=width)
+        name = default_system(view) if system is None else system
+        found = [view.corpus[document] for document in documents]
+        parts = best_parts(name, view, query, documents)
+        return [
+            best_snippet(query, document, within=part, width=width)
+            for document, part in zip(found, parts, strict=True)
+        ]
 
     def warm(self, system: str | None = None) -> None:
         """Load now what a system needs, so that its first search is as fast as others."""

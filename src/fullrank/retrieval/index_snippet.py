@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import Counter
-from itertools import islice
 from typing import TypeAlias
 
 from fullrank.core.corpus import Document
@@ -17,9 +15,11 @@ _WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"\s+")
 # Where a snippet may begin: after the end of a sentence or of a line.
 _BREAK = re.compile(r"[.!?:;]\s+|\n+\s*")
-# What is read of one document at most, so that a huge one is shown as fast as others.
+# What is looked at, at most, of a document, of its hits and of a query, in characters: so that
+# huge ones are shown about as fast as others.
 _READ = 200_000
-_HITS = 2_000
+_HITS = 1_000
+_QUERY = 2_000
 # Words that say nothing about where to look.
 _COMMON = frozenset(
     re.findall(
@@ -82,31 +82,52 @@ def best_snippet(
     text = document.text or document.title
     low, high = 0, len(text)
     if within is not None:
-        offset = len(document.contents) - len(document.text) if document.text else 0
+        # Contents are title, line break and text; joining them would copy a long text.
+        offset = len(document.title) + 1 if document.title and document.text else 0
         low, high = (min(max(0, at - offset), len(text)) for at in within)
         if low >= high:
             low, high = 0, len(text)
     high = min(high, low + _READ)
-    wanted = _wanted(query)
-    found = (
-        (m.start(), m.end(), stem)
-        for m in _WORD.finditer(text, low, high)
-        if (stem := _stem(m[0])) in wanted
-    )
-    hits = list(islice(found, _HITS))
+    hits = _hits(text, low, high, _wanted(query))
     start, stop = _window(text, low, high, hits, width)
     inside = tuple((a - start, b - start) for a, b, _ in hits if a >= start and b <= stop)
     return Snippet(text[start:stop], start, inside)
 
 
 def _wanted(query: str) -> frozenset[str]:
-    words = {word.lower() for word in _WORD.findall(query[:_READ])}
+    words = set(_WORD.findall(_lower(query[:_QUERY])))
     return frozenset(map(_stem, {w for w in words - _COMMON if len(w) > 1} or words))
 
 
+def _hits(text: str, low: int, high: int, wanted: frozenset[str]) -> list[Hit]:
+    """Find the words of these stems, in order.
+
+    A word begins with its stem, so that only places with those letters are looked at in Python.
+    """
+    lowered = _lower(text[low:high])
+    hits: list[Hit] = []
+    for stem in wanted:
+        left, at = max(1, _HITS // len(wanted)), lowered.find(stem)
+        while at >= 0 and left:
+            stop = at + 1
+            if not (at and _WORD.match(lowered, at - 1)):
+                word = _WORD.match(lowered, at)
+                assert word is not None  # a stem is made of letters
+                stop = word.end()
+                if _stem(word[0]) == stem:
+                    hits.append((low + at, low + stop, stem))
+                    left -= 1
+            at = lowered.find(stem, stop)
+    return sorted(hits)
+
+
+def _lower(text: str) -> str:
+    """Lower case, letter by letter: the one that would become two stays one."""
+    return text.replace("İ", "I").lower()
+
+
 def _stem(word: str) -> str:
-    """Make the common forms of an English word equal; good enough to highlight by."""
-    word = word.lower()
+    """Make the common forms of a lower-case English word equal; good enough to highlight by."""
     for ending in ("ing", "ies", "es", "ed", "s", "e", "y"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
@@ -122,7 +143,8 @@ def _window(text: str, low: int, high: int, hits: list[Hit], width: int) -> tupl
             first += 1
         seen: set[str] = set()
         score, end = 0.0, begin
-        for _, b, stem in islice(hits, first, None):
+        for at in range(first, len(hits)):
+            _, b, stem = hits[at]
             if b > begin + width:
                 break
             # A word that the document is full of says less; said again it adds a little.
@@ -136,14 +158,18 @@ def _window(text: str, low: int, high: int, hits: list[Hit], width: int) -> tupl
 
 def _beginnings(text: str, low: int, high: int, hits: list[Hit], width: int) -> list[int]:
     """Where a snippet may begin: for each hit its sentence, or a little before it in a long one."""
-    sentences = [low, *(m.end() for m in _BREAK.finditer(text, low, high))]
     starts = set()
+    start = read = low
     for begin, end, _ in hits:
-        start = sentences[bisect_right(sentences, begin) - 1]
+        # A sentence that began further back is too long anyway.
+        for m in _BREAK.finditer(text, max(read, begin - width), begin):
+            start = m.end()
+        read = begin
         if end > start + width:
             space = _SPACE.search(text, max(low, begin - width // 3), begin)
-            start = space.end() if space else begin
-        starts.add(start)
+            starts.add(space.end() if space else begin)
+        else:
+            starts.add(start)
     return sorted(starts)
 
 

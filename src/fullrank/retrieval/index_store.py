@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fullrank.core.errors import StoreError
+from fullrank.core.errors import FullrankError, StoreError
 from fullrank.core.files import sync_folder
 from fullrank.retrieval.index_lock import LOCK, OWNER, ReadHold, remove_unless_read
 from fullrank.retrieval.index_manifest import (
@@ -64,6 +64,29 @@ def prepare(folder: Path) -> None:
             # Ours, and to be created again? Or something else of that name, to be left alone?
             if LOCK not in names:
                 raise
+
+
+@contextmanager
+def reading(generation: Path, what: str) -> Iterator[None]:
+    """Say of which index something cannot be read, and why.
+
+    Sizes are checked when an index is opened, so what fails here was changed or removed since.
+
+    Raises
+    ------
+    StoreError
+        For whatever a library makes of a file that is absent or not what was written.
+    """
+    folder = generation.parent.parent
+    try:
+        yield
+    except FullrankError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise StoreError(f"cannot read {what} of the index {folder}: {reason}") from error
+        raise DamagedIndexError(folder, f"{what} cannot be read ({reason})") from error
 
 
 def open_current(folder: Path) -> tuple[Manifest, ReadHold]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -137,6 +137,26 @@ def load_for(name: str, view: View) -> None:
         view.dense(encoder)
     if kind == "feedback":
         view.feedback(encoder)
+
+
+def best_parts(
+    name: str, view: View, query: str, documents: Sequence[str]
+) -> list[tuple[int, int] | None]:
+    """Return where in the contents of documents a system found a query: each one's best passage.
+
+    None stands for a document of one passage, and for all where no encoder is at work.
+    """
+    kind, encoder = parse_system(name, view)
+    found: dict[int, tuple[int, int]] = {}
+    rows = [view.corpus.row(document) for document in documents]
+    if kind != "bm25" and query.strip():
+        passages, _ = view.passages(encoder)
+        several = [row for row in rows if passages.of(row).stop - passages.of(row).start > 1]
+        # The query's vector is looked up once, not once a document.
+        best = view.dense(encoder).best_passages(query, several) if several else []
+        for row, passage in zip(several, best, strict=True):
+            found[row] = int(passages.start[passage]), int(passages.stop[passage])
+    return [found.get(row) for row in rows]
 
 
 def _retriever(

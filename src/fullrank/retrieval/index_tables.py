@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fullrank.core.corpus import Corpus
 from fullrank.core.errors import InputError, require
+from fullrank.retrieval.index_store import reading
 from fullrank.retrieval.passages import Passages
 
 Digests: TypeAlias = npt.NDArray[np.uint8]
@@ -87,7 +88,8 @@ class StoredCorpus(Corpus):
             raise AttributeError(f"a Corpus has no attribute {name!r}")
         with self._lock:
             if name not in self.__dict__:
-                self.__dict__.update(vars(read_documents(self._folder)))
+                with reading(self._folder, "the documents"):
+                    self.__dict__.update(vars(read_documents(self._folder)))
                 self._hold = None
         return self.__dict__[name]
 

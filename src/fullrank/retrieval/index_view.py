@@ -13,7 +13,7 @@ from fullrank.retrieval.bm25 import BM25
 from fullrank.retrieval.index_encoders import MODELS, StoredEncoder
 from fullrank.retrieval.index_filters import Mask, Where, matching, parse_where
 from fullrank.retrieval.index_manifest import EncoderRecord, Manifest
-from fullrank.retrieval.index_store import generation_folder, open_current
+from fullrank.retrieval.index_store import generation_folder, open_current, reading
 from fullrank.retrieval.index_tables import (
     Digests,
     StoredCorpus,
@@ -91,7 +91,8 @@ class View:
         """Return the lexical retriever."""
 
         def load() -> BM25:
-            retriever = BM25.load(self.part / BM25_FOLDER)
+            with reading(self.part, "the index of words"):
+                retriever = BM25.load(self.part / BM25_FOLDER)
             retriever.corpus = self.corpus
             return retriever
 
@@ -99,13 +100,21 @@ class View:
 
     def passages(self, encoder: str) -> tuple[Passages, Digests]:
         """Return which parts of documents an encoder's vectors are of."""
-        return self.once(("passages", encoder), lambda: read_passages(self.part, encoder))
+
+        def load() -> tuple[Passages, Digests]:
+            with reading(self.part, f"the passages of {encoder!r}"):
+                return read_passages(self.part, encoder)
+
+        return self.once(("passages", encoder), load)
 
     def vectors(self, encoder: str) -> Vectors:
         """Return an encoder's vectors ``(P, d)``, mapped."""
-        return self.once(
-            ("vectors", encoder), lambda: map_vectors(self.part / VECTORS / f"{encoder}.npy")
-        )
+
+        def load() -> Vectors:
+            with reading(self.part, f"the vectors of {encoder!r}"):
+                return map_vectors(self.part / VECTORS / f"{encoder}.npy")
+
+        return self.once(("vectors", encoder), load)
 
     def dense(self, encoder: str) -> Any:
         """Return the retriever by one encoder's vectors; loads its model."""
@@ -133,7 +142,8 @@ class View:
         """Return which documents a filter lets through."""
 
         def column(field: str) -> Any:
-            return self.once(("field", field), lambda: read_filter_column(self.part, field))
+            with reading(self.part, "the metadata"):
+                return self.once(("field", field), lambda: read_filter_column(self.part, field))
 
         return matching(parse_where(where), column)
 

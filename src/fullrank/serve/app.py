@@ -4,6 +4,7 @@
 # some name models that are made inside `create_app`, with the bounds of this application.
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -18,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from fullrank._version import __version__
-from fullrank.core.errors import InputError
-from fullrank.serve.guard import Guard
+from fullrank.core.errors import FullrankError, InputError, MissingExtraError, StoreError
+from fullrank.serve.current import Searchable
+from fullrank.serve.guard import Guard, logger
 from fullrank.serve.limits import LOOPBACK_HOSTS, BusyError, Gate, Limits
 from fullrank.serve.models import (
     Bounds,
@@ -30,13 +32,16 @@ from fullrank.serve.models import (
     SystemsResponse,
 )
 from fullrank.serve.pages import page_routes
-from fullrank.serve.searching import Searchable, Searcher, UnknownSystemError, printable
+from fullrank.serve.searching import Searcher, UnknownSystemError, printable
 
 _DESCRIPTION = """\
 Search an index and see how the answer came about: the score that each stage gave each document,
 and the time each stage took. Every refusal is a JSON object with `error`, a word for programs, and
 `detail`, a sentence for people.
 """
+
+# Of a path in a sentence: all but the last name.
+_FOLDERS = re.compile(r"(?<![^\s'\"(])/[^;:,()'\"\n]*/")
 
 _NAMES = {
     400: "bad_request",
@@ -54,6 +59,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         414: "The URL is too long.",
         422: "A parameter is missing, of the wrong type or out of its bounds.",
         429: "Too many searches at once: try again after the seconds in `Retry-After`.",
+        503: "Something that the system needs, such as its model, is not there now.",
     }
     return {status: {"model": Problem, "description": meanings[status]} for status in statuses}
 
@@ -69,6 +75,7 @@ def create_app(
     concurrency: int | None = None,
     queue: int = 32,
     patience: float = 5.0,
+    refresh: float = 1.0,
     allowed_hosts: Sequence[str] | None = LOOPBACK_HOSTS,
 ) -> FastAPI:
     """Make the ASGI application over an index.
@@ -92,6 +99,9 @@ def create_app(
         Searches that wait for their turn; one more gets 429 with ``Retry-After``.
     patience
         Seconds a search waits for its turn before it gets 429.
+    refresh
+        Seconds between looks at whether another process has changed the index. Requests see the
+        state before it or the one after it, never some of both.
     allowed_hosts
         Names accepted in the ``Host`` header, without port; None accepts any. The default is
         right for a server bound to this machine only.
@@ -114,8 +124,8 @@ def create_app(
     ...     systems, encoders, default_system = {"one": None}, {}, "one"
     ...     def search(self, query, k, *, system):
     ...         return Run({"q": (["a"], [1.0])})
-    ...     def snippet(self, query, document, *, system):
-    ...         return self.corpus[document].text
+    ...     def snippets(self, query, documents, *, system):
+    ...         return [self.corpus[document].text for document in documents]
     >>> app = create_app(Tiny(), max_k=10)
     >>> app.openapi()["paths"]["/search"]["get"]["summary"]
     'Search'
@@ -123,7 +133,10 @@ def create_app(
     chosen = {} if concurrency is None else {"concurrency": concurrency}
     limits = Limits(max_query, max_k, max_body, queue=queue, patience=patience, **chosen)
     reports = _reports({"/xray": xray_html, "/report": report_html})
-    searcher = Searcher(index, limits.concurrency)
+    if not refresh >= 0:
+        raise InputError(f"refresh is {refresh}; it is a number of seconds, at least 0")
+    searcher = Searcher(index, limits.concurrency, refresh)
+    example = searcher.now.default
     gate = Gate(limits)
     pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="search")
 
@@ -164,12 +177,12 @@ def create_app(
         model_config = ConfigDict(extra="forbid")
         query: str = Field(min_length=1, max_length=limits.max_query, examples=["sparse matrix"])
         k: int = Field(min(10, limits.max_k), ge=1, le=limits.max_k, examples=[10])
-        system: str | None = Field(None, max_length=200, examples=[searcher.default])
+        system: str | None = Field(None, max_length=200, examples=[example])
 
     @app.get(
         "/search",
         response_model=SearchResponse,
-        responses=_refusals(404, 414, 422, 429),
+        responses=_refusals(404, 414, 422, 429, 503),
         tags=["search"],
         summary="Search",
     )
@@ -192,7 +205,7 @@ def create_app(
             Query(
                 description="One of `/systems`; the default system when absent.",
                 max_length=200,
-                examples=[searcher.default],
+                examples=[example],
             ),
         ] = None,
     ) -> Response:
@@ -202,7 +215,7 @@ def create_app(
     @app.post(
         "/search",
         response_model=SearchResponse,
-        responses=_refusals(404, 408, 413, 422, 429),
+        responses=_refusals(404, 408, 413, 422, 429, 503),
         tags=["search"],
         summary="Search, with a JSON body",
     )
@@ -211,24 +224,26 @@ def create_app(
         return await run_search(request, body.query, body.k, body.system)
 
     @app.get("/systems", tags=["index"], summary="Systems")
-    async def systems() -> SystemsResponse:
+    def systems() -> SystemsResponse:
         """List the systems to search with, and the bounds of a search."""
+        now = searcher.now
         return SystemsResponse(
-            default=searcher.default,
-            systems=searcher.menu(),
-            documents=len(searcher.corpus),
+            default=now.default,
+            systems=searcher.menu(now),
+            documents=len(now.corpus),
             limits=Bounds(max_query=limits.max_query, max_k=limits.max_k),
             pages=list(reports),
         )
 
     @app.get("/document", responses=_refusals(404, 422), tags=["index"], summary="A whole document")
-    async def document(
+    def document(
         id: Annotated[str, Query(description="The document's id.", min_length=1, max_length=2000)],
     ) -> DocumentResponse:
         """Return one document's title and text."""
-        if id not in searcher.corpus:
+        corpus = searcher.now.corpus
+        if id not in corpus:
             raise HTTPException(404, f"no document {printable(id)[:80]!r} in this index")
-        found = searcher.corpus[id]
+        found = corpus[id]
         return DocumentResponse(
             id=found.id,
             title=printable(found.title),
@@ -237,9 +252,9 @@ def create_app(
         )
 
     @app.get("/healthz", tags=["index"], summary="Health")
-    async def healthz() -> Health:
+    def healthz() -> Health:
         """Say that the server answers, even when all its searches are taken."""
-        return Health(status="ok", documents=len(searcher.corpus), version=__version__)
+        return Health(status="ok", documents=len(searcher.now.corpus), version=__version__)
 
     app.include_router(page_routes(reports))
     _answer_errors(app)
@@ -289,6 +304,13 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(UnknownSystemError)
     async def unknown(_: Request, error: UnknownSystemError) -> JSONResponse:
         return problem(404, "unknown_system", str(error))
+
+    @app.exception_handler(StoreError)
+    @app.exception_handler(MissingExtraError)
+    async def unavailable(request: Request, error: FullrankError) -> JSONResponse:
+        # Where things lie on this machine is for its log only.
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+        return problem(503, "unavailable", printable(_FOLDERS.sub("", str(error)))[:1000])
 
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> JSONResponse:

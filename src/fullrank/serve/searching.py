@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
 from time import perf_counter
-from typing import Protocol
 
-from fullrank.core.corpus import Corpus
 from fullrank.core.errors import InputError
 from fullrank.core.observe import observe_stages
 from fullrank.core.run import Ranking, Run
+from fullrank.serve.current import Current, Searchable, Served
 from fullrank.serve.limits import cpus
 from fullrank.serve.models import Result, SearchResponse, Snippet, StageTime, SystemInfo
 
@@ -23,36 +21,6 @@ _KINDS = {
     "weighted": "words and meaning, fused by weighted scores",
     "feedback": "what fusion found, reranked towards what the best have in common",
 }
-
-
-class Searchable(Protocol):
-    """What can be served: :class:`fullrank.retrieval.Index` is one."""
-
-    @property
-    def corpus(self) -> Corpus:
-        """The documents."""
-
-    @property
-    def systems(self) -> Mapping[str, object]:
-        """What can be searched with, by name: ``KIND`` or ``KIND:ENCODER``."""
-
-    @property
-    def encoders(self) -> Mapping[str, object]:
-        """The encoders by name; systems that name none use the first."""
-
-    @property
-    def default_system(self) -> str:
-        """The system used when none is named."""
-
-    def search(self, query: str, k: int, *, system: str) -> Run:
-        """Return the best ``k`` documents for one query, with a trace of the stages."""
-
-    def snippet(self, query: str, document: str, *, system: str) -> str:
-        """Return the part of a document that answers the query.
-
-        The string may carry ``highlights``: disjoint ranges ``(start, stop)`` of the query's
-        words in it, in order.
-        """
 
 
 class UnknownSystemError(Exception):
@@ -77,24 +45,24 @@ class Searcher:
         What is searched.
     concurrency
         How many threads search at a time: each gets its share of the CPU.
+    refresh
+        Seconds between looks at whether others have changed the index.
     """
 
-    def __init__(self, index: Searchable, concurrency: int = 1) -> None:
-        self.index = index
-        self.corpus = index.corpus
-        self.systems = tuple(index.systems)
-        if not self.systems:
-            raise InputError("the index has no system to search with")
-        self.default = index.default_system
-        if self.default not in self.systems:
-            raise InputError(f"the default system {self.default!r} is none of {self.systems}")
+    def __init__(self, index: Searchable, concurrency: int = 1, refresh: float = 1.0) -> None:
+        self._current = Current(index, refresh)
         self._threads = max(1, cpus() // concurrency)
         self._local = threading.local()
 
-    def menu(self) -> list[SystemInfo]:
+    @property
+    def now(self) -> Served:
+        """What is served; an answer is made from one of these, whatever changes meanwhile."""
+        return self._current()
+
+    def menu(self, now: Served) -> list[SystemInfo]:
         """Return the systems in the index's order, with what they rank by in a few words."""
-        first = next(iter(self.index.encoders), None)
-        return [_system_info(name, first) for name in self.systems]
+        first = next(iter(now.index.encoders), None)
+        return [_system_info(name, first) for name in now.systems]
 
     def search(self, query: str, k: int, system: str | None = None) -> SearchResponse:
         """Answer one query.
@@ -105,30 +73,35 @@ class Searcher:
             When the index has no such system.
         InputError
             When the query cannot be searched.
+        StoreError
+            When something that the system needs is not where it was.
         """
-        name = system or self.default
-        if name not in self.systems:
+        self._share_cpu()
+        now = self.now
+        name = system or now.default
+        if name not in now.systems:
             raise UnknownSystemError(
-                f"no system {printable(name)[:80]!r}; there is {', '.join(self.systems)}"
+                f"no system {printable(name)[:80]!r}; there is {', '.join(now.systems)}"
             )
         query = printable(query).strip()
         if not query:
             raise InputError("the query is empty; give at least one word")
-        self._share_cpu()
         begin = perf_counter()
         with observe_stages() as stages:
-            run = self.index.search(query, k, system=name)
+            run = now.index.search(query, k, system=name)
         ranking = _ranking(run.top(k))
         scores = _stage_scores(
             [*stages, (run.trace[-1].stage if run.trace else name, run)], ranking
         )
         searched = perf_counter()
+        documents = ranking.ids.tolist()
+        snippets = now.index.snippets(query, documents, system=name) if documents else ()
         results = [
             Result(
                 rank=rank,
                 id=printable(document),
-                title=printable(self.corpus[document].title),
-                snippet=self._snippet(query, document, name),
+                title=printable(now.corpus[document].title),
+                snippet=_snippet(snippets[rank - 1]),
                 score=score,
                 scores={stage: column[rank - 1] for stage, column in scores.items()},
             )
@@ -146,14 +119,6 @@ class Searcher:
             results=results,
         )
 
-    def _snippet(self, query: str, document: str, system: str) -> Snippet:
-        found = self.index.snippet(query, document, system=system)
-        text = printable(found[:_MAX_SNIPPET])
-        ranges = [(a, b) for a, b in getattr(found, "highlights", ()) if b <= len(text)]
-        if len(found) > len(text):
-            text += "…"
-        return Snippet(text=text, highlights=ranges)
-
     def _share_cpu(self) -> None:
         # torch takes all cores for every thread that calls it, and threads that search at the
         # same time would then fight for them. Its setting belongs to the calling thread.
@@ -161,6 +126,14 @@ class Searcher:
         if torch is not None and not getattr(self._local, "shared", False):
             torch.set_num_threads(self._threads)
             self._local.shared = True
+
+
+def _snippet(found: str) -> Snippet:
+    text = printable(found[:_MAX_SNIPPET])
+    ranges = [(a, b) for a, b in getattr(found, "highlights", ()) if b <= len(text)]
+    if len(found) > len(text):
+        text += "…"
+    return Snippet(text=text, highlights=ranges)
 
 
 def _system_info(name: str, first_encoder: str | None) -> SystemInfo:

@@ -10,13 +10,14 @@ five six seven eight nine ten ##s ##ing ##ed . , ?
 WORDS = TEXT.split()
 
 
-def save_tokenizer(folder: Path):
+def save_tokenizer(folder: Path, words=WORDS, length=64):
+    """Write a tokenizer whose vocabulary are these words; return how many tokens it has."""
     from transformers import BertTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=length).save_pretrained(folder)
     return len(vocabulary)
 
 
@@ -33,20 +34,33 @@ def bert_config(vocabulary: int, **changes):
     return BertConfig(vocab_size=vocabulary, **settings | changes)
 
 
-def sentence_model(folder: Path, *, seed=0, pooling="mean", prompts=None, **changes):
+def sentence_model(
+    folder: Path, *, words=WORDS, seed=0, pooling="mean", prompts=None, length=64, **changes
+):
     """Return a random SentenceTransformer on the CPU."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertModel
 
-    vocabulary = save_tokenizer(folder)
+    vocabulary = save_tokenizer(folder, words, length)
     torch.manual_seed(seed)
-    BertModel(bert_config(vocabulary, **changes)).save_pretrained(folder)
+    config = bert_config(vocabulary, max_position_embeddings=length, **changes)
+    BertModel(config).save_pretrained(folder)
     inner = Transformer(str(folder))
     width = inner.auto_model.config.hidden_size
     modules = [inner, Pooling(width, pooling_mode=pooling)]
     return SentenceTransformer(modules=modules, device="cpu", prompts=prompts).eval()
+
+
+def save_encoder(folder: Path, words=WORDS, *, layers=1, length=32, seed=0) -> Path:
+    """Write a random sentence encoder of 32 numbers a vector; return its folder."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    model = sentence_model(
+        folder / "bert", words=words, seed=seed, length=length, num_hidden_layers=layers, **sizes
+    )
+    model.save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
 
 
 def cross_encoder(folder: Path, *, seed=0, labels=1):
