@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fullrank.linalg import solve_sylvester
+from fullrank.linalg.sylvester import solve_diagonalised
 
 
 def random(*shape, seed=0):
@@ -69,3 +70,22 @@ def test_large_general_equations_are_refused():
     A = random(80, 80)
     with pytest.raises(ValueError, match="unknowns"):
         solve_sylvester(A, A, random(80, 80, seed=1))
+
+
+def test_stacks_of_diagonalised_equations():
+    grams = [random(6, 3, seed=seed) for seed in range(4)]
+    A, B = (torch.stack([M.T @ M for M in pair]) for pair in (grams[:2], grams[2:]))
+    C = random(2, 3, 3, seed=9)
+    X = solve_diagonalised(*torch.linalg.eigh(A), *torch.linalg.eigh(B), C, rtol=1e-14)
+    torch.testing.assert_close(A @ X + X @ B, C, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(X[0], solve_sylvester(A[0], B[0], C[0]), rtol=1e-8, atol=1e-8)
+
+
+def test_each_equation_of_a_stack_has_its_own_null_space():
+    one = torch.ones(2, 1, 1, dtype=torch.float64)
+    left = torch.tensor([[1.0], [1e-20]], dtype=torch.float64)
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    X = solve_diagonalised(left, one, zero, one, 3e-20 * one, rtol=1e-14)
+    assert X.flatten().tolist() == pytest.approx([3e-20, 3.0], rel=1e-12)
+    empty = solve_diagonalised(zero, one, zero, one, one, rtol=1e-14)
+    assert not empty.any()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fullrank.optim import base, gradients
+from fullrank.optim import foundation, gradients
 
 
 @pytest.fixture(autouse=True)
@@ -14,5 +14,5 @@ def _seed():
 @pytest.fixture
 def on_device(monkeypatch):
     """Pretend that reading a number from the weights' device would wait for it."""
-    for module in (base, gradients):
+    for module in (foundation, gradients):
         monkeypatch.setattr(module, "host_decides", lambda device: False)

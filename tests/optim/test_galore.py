@@ -62,6 +62,10 @@ def by_the_book(W, grads, rank, gap, scale, lr, wd, betas=(0.9, 0.999), eps=1e-6
 def test_equals_the_equations_for_any_shape(m, n, rank, gap):
     torch.manual_seed(m * 100 + n)
     W = parameter(m, n, dtype=torch.float64)
+    if rank > min(m, n):
+        with pytest.raises(InputError, match=f"rank={rank} is larger than parameter 0"):
+            GaLoreAdamW([W], rank=rank)
+        return
     grads = random_grads([W], 8)
     start = W.detach().clone()
     optimizer = GaLoreAdamW([W], lr=0.01, rank=rank, update_proj_gap=gap, weight_decay=0.1)

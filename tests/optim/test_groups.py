@@ -7,8 +7,11 @@ from torch import nn
 from fullrank.core import PlanEntry, RankPlan
 from fullrank.core.errors import InputError, PlanError
 from fullrank.optim import (
+    FiraAdamW,
+    FrugalAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
+    GradNormLoRPAdamW,
     galore_param_groups,
     memory_table,
     param_groups,
@@ -170,3 +173,73 @@ def test_bad_arguments_raise(options, message):
 def test_memory_of_bare_groups_needs_a_class():
     with pytest.raises(InputError, match="kind="):
         memory_table([{"params": [torch.zeros(3, 4)]}])
+
+
+# -- named parameters with a rank or a plan --------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, GradNormLoRPAdamW, GaLoreAdafactor])
+def test_named_parameters_with_a_plan(kind):
+    model = Model()
+    plan = RankPlan(
+        {
+            "blocks.0.attn": PlanEntry((32, 32), 3),
+            "blocks.1.down": PlanEntry((32, 64), 5),
+            "blocks.1.attn": PlanEntry((32, 32), None),
+        },
+        purpose="optimizer",
+    )
+    wrapped = nn.Sequential()
+    wrapped.add_module("module", model)  # as DDP names it
+    optimizer = kind(wrapped.named_parameters(), plan=plan)
+    (group,) = optimizer.param_groups
+    assert {n for n, r in zip(group["param_names"], group["rank"], strict=True) if r} == {
+        "module.blocks.0.attn.weight",
+        "module.blocks.1.down.weight",
+    }
+    assert optimizer.projects(model.blocks[0].attn.weight)
+    assert not optimizer.projects(model.blocks[1].attn.weight)
+    with pytest.raises(PlanError, match=r"no parameter belongs to 'blocks\.1\.down'"):
+        kind(model.blocks[0].named_parameters(prefix="blocks.0"), plan=plan)
+    with pytest.raises(PlanError, match="make one for 'optimizer'"):
+        kind(model.named_parameters(), plan=RankPlan(dict(plan)))
+    with pytest.raises(InputError, match="named_parameters"):
+        kind(model.parameters(), plan=plan)
+    with pytest.raises(InputError, match=r"either rank= .* or plan="):
+        kind(model.named_parameters(), plan=plan, rank=4)
+    other = RankPlan({"blocks.0.attn": PlanEntry((32, 16), 3)}, purpose="optimizer")
+    with pytest.raises(PlanError, match=r"the plan is for \(32, 16\)"):
+        kind(model.named_parameters(), plan=other)
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, GradNormLoRPAdamW])
+def test_nothing_projected_warns(kind):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} projects nothing"):
+        kind(Model().named_parameters())
+
+
+def test_a_rank_that_is_too_large_says_for_what():
+    small, large = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(32, 16))
+    # One rank for all leaves small ones whole, ...
+    optimizer = GaLoreAdamW([small, large], rank=8)
+    assert [optimizer.projects(p) for p in (small, large)] == [False, True]
+    # ... but not all of them, nor one that it was given for.
+    message = r"rank=20 is larger than parameter 'a' of shape \(4, 6\)"
+    with pytest.raises(InputError, match=message):
+        GaLoreAdamW([("a", small), ("b", large)], rank=20)
+    with pytest.raises(InputError, match="rank=8 is larger than parameter 0"):
+        GaLoreAdamW([{"params": [small, large], "rank": [8, 8]}])
+
+
+@pytest.mark.parametrize("kind", [FiraAdamW, GradNormLoRPAdamW, FrugalAdamW])
+def test_groups_of_the_other_optimizers(kind):
+    model = Model()
+    options = {"subspace": "svd"} if kind is FrugalAdamW else {}
+    groups = param_groups(model, kind, rank=4, verbose=False, **options)
+    optimizer = kind(groups)
+    table = memory_table(optimizer)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    row = dict(zip(table.columns, table.rows[-1], strict=True))
+    assert row["optimizer state"] == state_bytes(optimizer)

@@ -1,4 +1,4 @@
-"""In the Hugging Face Trainer: as a class with arguments and as an instance, with resume."""
+"""In the Hugging Face Trainer, with resume; under a GradScaler."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fullrank.optim import GaLoreAdamW, param_groups
+from fullrank.optim import (
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    GradNormLoRPAdamW,
+    frugal_param_groups,
+    param_groups,
+)
 
 
 def model():
@@ -60,17 +67,23 @@ def galore(net):
     return {"params": param_groups(net, rank=4, verbose=False, update_proj_gap=4)}
 
 
-def test_as_class_with_arguments_and_resume(tmp_path, data):
+def chosen(kind, net):
+    """An optimizer's class and arguments, as Trainer takes them."""
+    if kind is FrugalAdamW:
+        return kind, {"params": frugal_param_groups(net, update_gap=4), "density": 0.5, "lr": 0.01}
+    return kind, {"params": param_groups(net, kind, rank=4, verbose=False, update_proj_gap=4)}
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, FrugalAdamW, GradNormLoRPAdamW])
+def test_as_class_with_arguments_and_resume(kind, tmp_path, data):
     net = model()
-    whole = trainer(
-        tmp_path / "whole", data, model=net, optimizer_cls_and_kwargs=(GaLoreAdamW, galore(net))
-    )
+    whole = trainer(tmp_path / "whole", data, model=net, optimizer_cls_and_kwargs=chosen(kind, net))
     whole.train()
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     again = model()
     resumed = trainer(
-        tmp_path / "again", data, model=again, optimizer_cls_and_kwargs=(GaLoreAdamW, galore(again))
+        tmp_path / "again", data, model=again, optimizer_cls_and_kwargs=chosen(kind, again)
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for a, b in zip(net.parameters(), again.parameters(), strict=True):
@@ -93,3 +106,30 @@ def test_as_instance(tmp_path, data):
     weight = net.model.layers[0].mlp.up_proj.weight
     assert optimizer.state[weight]["exp_avg"].shape == (48, 4)
     assert optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, FrugalAdamW, GradNormLoRPAdamW])
+def test_under_a_grad_scaler(kind):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 8))
+    options = {"subspace": "columns"} if kind is FrugalAdamW else {}
+    optimizer = kind(param_groups(net, kind, rank=3, verbose=False, **options), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    x, losses, before = torch.randn(32, 8), [], [p.detach().clone() for p in net.parameters()]
+    for step in range(40):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = (net(x) - x).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if step == 0:
+            net[0].weight.grad[0, 0] = float("inf")
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 0:  # the scaler skips this one, and the optimizer is not called
+            now = list(net.parameters())
+            assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(state["step"] == 39 for state in optimizer.state.values())

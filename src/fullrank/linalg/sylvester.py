@@ -74,14 +74,52 @@ def _symmetric(matrix: Tensor) -> bool:
 def _diagonalised(a: Tensor, b: Tensor, c: Tensor, rtol: float | None) -> Tensor:
     left, U = torch.linalg.eigh((a + a.T) / 2)
     right, V = torch.linalg.eigh((b + b.T) / 2)
-    sums = left[:, None] + right[None, :]
-    limit = (1e-14 if rtol is None else rtol) * sums.abs().amax()
-    null = sums.abs() <= limit
-    if rtol is None and null.any():
+    limit = 1e-14 if rtol is None else rtol
+    if rtol is None and _null(left, right, limit).any():
         raise ValueError(_SINGULAR + "; give rtol for the smallest least-squares solution")
-    turned = U.T @ c @ V
-    X: Tensor = U @ torch.where(null, 0.0, turned / torch.where(null, 1.0, sums)) @ V.T
+    return solve_diagonalised(left, U, right, V, c, rtol=limit)
+
+
+def solve_diagonalised(
+    left: Tensor, U: Tensor, right: Tensor, V: Tensor, C: Tensor, *, rtol: float
+) -> Tensor:
+    """Solve ``A X + X B = C`` for symmetric A and B whose eigenvectors are at hand.
+
+    Batched, and without a look at the numbers: nothing is checked and nothing raises.
+
+    Parameters
+    ----------
+    left, U
+        Eigenvalues ``(..., m)`` and eigenvectors ``(..., m, m)`` of A, as from
+        :func:`torch.linalg.eigh`.
+    right, V
+        The same of B, ``(..., n)`` and ``(..., n, n)``.
+    C
+        ``(..., m, n)``.
+    rtol
+        Directions whose ``|a_i + b_j|`` is at most this part of the equation's largest get 0.
+
+    Returns
+    -------
+    Tensor
+        ``(..., m, n)``: the least-squares solution of smallest norm.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, 1)
+    >>> solve_diagonalised(torch.tensor([3.0]), one, torch.tensor([1.0]), one, 8 * one, rtol=1e-9)
+    tensor([[2.]])
+    """
+    null = _null(left, right, rtol)
+    sums = left[..., :, None] + right[..., None, :]
+    turned = U.mT @ C @ V
+    X: Tensor = U @ torch.where(null, 0.0, turned / torch.where(null, 1.0, sums)) @ V.mT
     return X
+
+
+def _null(left: Tensor, right: Tensor, rtol: float) -> Tensor:
+    sums = (left[..., :, None] + right[..., None, :]).abs()
+    return sums <= rtol * sums.amax(dim=(-2, -1), keepdim=True)
 
 
 _SINGULAR = "the equation is singular: A and -B share an eigenvalue"

@@ -1,65 +1,77 @@
-"""The optimizer that all subspace methods share: groups, state, refresh, order of the step."""
+"""The optimizer that all subspace methods share: subspaces, refresh, order of the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
-from fullrank.optim.checks import Check, check_group, one_of, ranks_of
+from fullrank.core.plan import RankPlan
+from fullrank.optim.checks import ranks_of
 from fullrank.optim.chunks import Member, chunks, device_ages
-from fullrank.optim.gradients import NonFinite, Verdict, host_decides, judge
-from fullrank.optim.inner import Batch, InnerUpdate, State
+from fullrank.optim.foundation import Entry, FullrankOptimizer, Spec, State
+from fullrank.optim.gradients import NonFinite, Verdict
+from fullrank.optim.inner import Batch, InnerUpdate
 from fullrank.optim.iterative import IterativeSubspace
-from fullrank.optim.matrices import Slot, announce_unprojected, check_parameter, make_slot
-from fullrank.optim.resume import restored
-from fullrank.optim.subspace import Projection
+from fullrank.optim.matrices import (
+    Parts,
+    Slot,
+    announce_unprojected,
+    check_ranks,
+    make_slot,
+    matrix_shape,
+)
+from fullrank.optim.planned import planned_groups
+from fullrank.optim.seeds import generator_for
+from fullrank.optim.sharded import gathered, is_sharded, local
+from fullrank.optim.subspace import MomentPolicy, Subspace
+from fullrank.optim.whole import Identity
+from fullrank.optim.writing import Writer
 
-ProjectionHook = Callable[[Tensor, Tensor, str], Tensor | tuple[Tensor, Tensor] | None]
-Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
+ProjectionHook = Callable[[Tensor, Tensor, str], Any]
 
 
-class SubspaceOptimizer(Optimizer):
+class SubspaceOptimizer(FullrankOptimizer):
     """Runs an inner update in a subspace of each gradient; subclasses choose the parts.
 
-    A subclass says what its groups may hold (``checks``), which inner update and which subspace
-    a group uses (:meth:`inner`, :meth:`subspace`), and in which order weights decay. A param
-    group with a ``rank`` is projected, one without is not.
+    A subclass says what its groups may hold (``checks``), what a group's matrices are stepped with
+    (:meth:`parts`), which subspace they use (:meth:`subspace`), and in which order weights decay.
+    A param group with a ``rank`` is projected, one without is not.
 
-    Every tensor of the state is a plain tensor: ``step`` (calls that brought a gradient, on the
-    CPU), ``unseen`` (how many of these the moments have not seen: skipped, or before a reset),
-    the moments, and the bases. A basis of zeros has not been fitted yet.
+    The state of a parameter holds plain tensors: the counters, the moments, and the bases. A basis
+    of zeros has not been fitted yet.
 
     Parameters
     ----------
-    params
-        Parameters, named parameters or param groups.
-    defaults
-        Values for groups that do not give their own.
-    nonfinite
-        What a NaN or an infinity in any gradient does. ``"skip"`` (default): the whole step is
-        left out, moments and weights stay as they are; decided on the device, without waiting
-        for it. ``"raise"``: :class:`~fullrank.core.InputError` before anything changes; reads
-        one flag from the device each step. ``"ignore"``: gradients are not looked at.
+    params, defaults, nonfinite
+        See :class:`FullrankOptimizer`.
+    plan
+        A plan of purpose ``"optimizer"``, in place of ``rank``; ``params`` are then named
+        parameters.
     projection_hook
         ``hook(weight, grad, side)`` is asked at each refresh of an ``(m, n)`` matrix and may
         return the basis to use: ``(r, n)`` for side ``"right"``, ``(m, r)`` for ``"left"``, the
         pair (left, right) for ``"full"``; None leaves the choice to the optimizer. It is not
         saved with the state.
 
+    Warns
+    -----
+    UserWarning
+        When nothing is projected.
+
     Attributes
     ----------
     refreshes
         How many bases were got by ``"iteration"`` and by ``"decomposition"`` since this object
-        was made (those of a hook are not counted).
+        was made (those of a hook, and random ones, are not counted).
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {}
     decay_first: ClassVar[bool] = False
+    gap_key: ClassVar[str] = "update_proj_gap"
 
     def __init__(
         self,
@@ -68,328 +80,270 @@ class SubspaceOptimizer(Optimizer):
         *,
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
+        plan: RankPlan | None = None,
     ) -> None:
-        one_of("skip", "raise", "ignore")("nonfinite", nonfinite)
-        self.nonfinite: NonFinite = nonfinite
         self.projection_hook = projection_hook
         self.refreshes = {"iteration": 0, "decomposition": 0}
         self._slots: dict[Tensor, Slot] = {}
-        check_group(defaults, self.checks)
-        super().__init__(params, defaults)
+        self._parts: dict[int, Parts] = {}
+        if plan is not None:
+            params = planned_groups(params, plan, defaults["rank"])
+        super().__init__(params, defaults, nonfinite=nonfinite)
+        self._announce_nothing()
 
     # -- what a subclass chooses -----------------------------------------------------------
 
-    def inner(self, group: dict[str, Any]) -> InnerUpdate:
-        """Return the inner update of a group."""
+    def parts(self, group: dict[str, Any]) -> Parts:
+        """Return what the matrices of a group are stepped with."""
         raise NotImplementedError
 
-    def subspace(self, group: dict[str, Any], rank: int, shape: tuple[int, int]) -> Projection:
+    def subspace(self, group: dict[str, Any], rank: int, shape: tuple[int, int]) -> Subspace:
         """Return the (not yet fitted) subspace for an ``(m, n)`` matrix of a group."""
         raise NotImplementedError
 
-    # -- groups ----------------------------------------------------------------------------
+    def ranks(self, group: dict[str, Any]) -> list[int | None]:
+        """Return one rank for each parameter of a group; None does not project."""
+        return ranks_of(group)
+
+    def moment_policy(self, group: dict[str, Any]) -> MomentPolicy:
+        """Return what becomes of a group's moments at a refresh."""
+        policy: MomentPolicy = group["moments"]
+        return policy
+
+    def choose(self, param: Tensor, group: dict[str, Any], place: tuple[int, int]) -> Any:
+        """Return the subspace of a parameter: only a rank below both sides saves anything."""
+        rank = self.ranks(group)[place[1]]
+        if rank is None or param.dim() < 2:
+            return Identity()
+        shape = matrix_shape(param.shape)
+        return self.subspace(group, rank, shape) if rank < min(shape) else Identity()
+
+    # -- groups and state ------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; the dict is not changed.
-
-        Raises
-        ------
-        InputError
-            On a value that the group cannot have, or a complex or integer parameter.
+        """Add a group; see :meth:`FullrankOptimizer.add_param_group`.
 
         Warns
         -----
         UserWarning
             When the group has a rank but holds parameters that are not matrices.
         """
-        group = dict(param_group)
-        if not isinstance(group["params"], Tensor | set):
-            group["params"] = list(group["params"])
-        check_group({**self.defaults, **group}, self.checks)
-        super().add_param_group(group)
-        try:
-            ranks = ranks_of(group)
-            for i, param in enumerate(group["params"]):
-                check_parameter(self._name(len(self.param_groups) - 1, i), param)
-        except InputError:
-            self.param_groups.pop()
-            raise
-        announce_unprojected(group, ranks)
-        self._slots.clear()
+        super().add_param_group(param_group)
+        self.forget()
+        group = self.param_groups[-1]
+        announce_unprojected(group, self.ranks(group))
 
-    def _name(self, group: int, index: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        shape = tuple(self.param_groups[group]["params"][index].shape)
-        where = repr(names[index]) if names else f"{index} of group {group}"
-        return f"parameter {where} of shape {shape}"
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Ranks of a list must be as many as parameters, and none larger than its matrix."""
+        check_ranks(group, ranks_of(group))
+
+    def projects(self, param: Tensor) -> bool:
+        """Whether a parameter is stepped in a subspace, or partly without state."""
+        return self._slot(param).projected
+
+    def _announce_nothing(self) -> None:
+        if not any(self.projects(p) for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__} projects nothing: no group has a rank below the sides of "
+                "its matrices; give rank=, plan=, or param_groups(model, ...)",
+                stacklevel=4,
+            )
 
     def _slot(self, param: Tensor) -> Slot:
-        if not self._slots:
-            self._slots = {
-                param: make_slot(param, group, rank, (g, i), self.inner(group), self.subspace)
-                for g, group in enumerate(self.param_groups)
-                for i, (param, rank) in enumerate(
-                    zip(group["params"], ranks_of(group), strict=True)
-                )
-            }
-        return self._slots[param]
+        slot = self._slots.get(param)
+        if slot is None:
+            place = self.place_of(param)
+            group = self.param_groups[place[0]]
+            space = self.choose(param, group, place)
+            slot = make_slot(param, group, place, self._parts_of(place[0]), space)
+            self._slots[param] = slot
+        return slot
 
-    # -- state -----------------------------------------------------------------------------
+    def _parts_of(self, group: int) -> Parts:
+        if group not in self._parts:
+            self._parts[group] = self.parts(self.param_groups[group])
+        return self._parts[group]
 
-    def expected_state(self, param: Tensor) -> Expected:
-        """Shape and dtype of each state tensor of a parameter, without allocating any."""
-        slot = self._slot(param)
-        scalar = ((), torch.float32)
-        return {"step": scalar, "unseen": scalar, **slot.expected()}
+    def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
+        """Shape and dtype of the moments and the bases."""
+        return self._slot(param).expected()
 
-    def _state(self, slot: Slot) -> State:
-        state: State = self.state[slot.param]
-        if "step" not in state:
-            for name, (shape, dtype) in self.expected_state(slot.param).items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=self._home(name, slot.param))
-            slot.attached = False
-        if not slot.attached:
-            slot.attach(state)
-        return state
+    def fill(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        """New state has no basis."""
+        self._slot(param).fill(state)
 
-    def _home(self, name: str, param: Tensor) -> torch.device:
-        # Who decides about a skip holds the count of skips.
-        on_host = name == "step" or (name == "unseen" and not self._device_knows(param))
-        return torch.device("cpu") if on_host else param.device
+    def home(self, name: str, param: Tensor) -> torch.device:
+        """Seeds are for the host."""
+        return torch.device("cpu") if name == "seed" else super().home(name, param)
 
-    def _device_knows(self, param: Tensor) -> bool:
-        """Whether only the device knows which steps were skipped."""
-        return self.nonfinite == "skip" and not host_decides(param.device)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state, bit for bit.
-
-        Every tensor keeps the dtype it was saved in (torch would cast it to the weight's).
-
-        Raises
-        ------
-        InputError
-            When the state belongs to another optimizer, or to parameters of other shapes.
-        """
-        before = self.state, self.param_groups
-        seen: dict[str, Any] = {}
-
-        # Last of the hooks before, it sees what they made of the state; torch then casts nothing.
-        def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            seen.update(final)
-            return {**final, "state": {}}
-
-        # First of the hooks after, so that the others find the state in place.
-        handles = (
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        except BaseException:
-            self.state, self.param_groups = before
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._slots.clear()
-
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def forget(self) -> None:
+        """Drop the slots."""
+        super().forget()
         self._slots.clear()
-        for g, group in enumerate(self.param_groups):
-            lacking = [name for name in self.checks if name not in group]
-            if lacking:
-                raise InputError(
-                    f"this is the state of another optimizer: its group {g} lacks {lacking[0]!r}, "
-                    f"which {type(self).__name__} needs"
-                )
-            check_group(group, self.checks)
-        self.state.update(
-            restored(self.param_groups, saved, self.expected_state, self._home, self._name)
-        )
+        self._parts.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         kept: dict[str, Any] = {
-            "nonfinite": self.nonfinite,
             "projection_hook": self.projection_hook,
             "refreshes": dict(self.refreshes),
             "_slots": {},
+            "_parts": {},
         }
         return {**super().__getstate__(), **kept}
 
     # -- the step --------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step.
+    def due(self, entry: Entry) -> bool:
+        """Whether this matrix gets a new subspace by the schedule, or has none."""
+        slot = self._slot(entry.param)
+        if not slot.attached:
+            slot.attach(entry.state)
+        return slot.projected and (
+            not slot.subspace.fitted
+            or int(entry.state["step"].item()) % entry.group[self.gap_key] == 0
+        )
 
-        Parameters
-        ----------
-        closure
-            Evaluates the model again and returns the loss.
-
-        Returns
-        -------
-        float or None
-            The closure's loss.
-
-        Raises
-        ------
-        InputError
-            On a sparse gradient; on one that is not finite with ``nonfinite="raise"``.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        members = list(self._members())
-        if not members:
-            return loss
-        grads, due = [m.grad for m in members], [m.due for m in members]
-        verdict = judge(grads, due, self.nonfinite, lambda i: self._name(*members[i].slot.place))
-        torch._foreach_add_([m.state["step"] for m in members], 1.0)
-        if verdict.skip_all:
-            torch._foreach_add_([m.state["unseen"] for m in members], 1.0)
-            return loss
-        for member, usable in zip(members, verdict.usable, strict=True):
-            self._prepare(member, usable)
-            if verdict.skip:
-                member.state["unseen"].add_(verdict.skip[member.weight.device])
+    def advance(self, entries: list[Entry], verdict: Verdict) -> None:
+        """Refresh what is due, and step matrices of a kind together."""
+        # What a group says may have changed since the last step.
+        self._parts.clear()
+        members = [self._member(entry) for entry in entries]
+        writer = Writer(self.decay_first)
         for age, chunk in chunks(members, self._device_knows):
-            self._advance(chunk, age, verdict)
-        return loss
+            self._advance(chunk, age, verdict, writer)
 
-    def _members(self) -> Iterator[Member]:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                slot = self._slot(param)
-                if param.grad.layout != torch.strided:
-                    raise InputError(
-                        f"{self._name(*slot.place)} has a sparse gradient; use a dense one "
-                        "(sparse=False in nn.Embedding) or torch.optim.SparseAdam for it"
-                    )
-                state = self._state(slot)
-                due = slot.projected and (
-                    not slot.fitted or int(state["step"].item()) % group["update_proj_gap"] == 0
-                )
-                yield Member(slot, slot.matrix(param), slot.matrix(param.grad), state, due)
+    def _member(self, entry: Entry) -> Member:
+        slot = self._slot(entry.param)
+        slot.parts = self._parts_of(entry.place[0])
+        member = self._seen(slot, entry)
+        if entry.due and slot.projected:
+            # A gradient of zeros has no subspace to give.
+            if self.projection_hook is not None:
+                side = slot.subspace.side
+                member.given = self.projection_hook(member.weight, member.grad, side)
+            member.due = entry.usable or member.given is not None
+            resets = slot.subspace.fitted and self.moment_policy(slot.group) == "reset"
+            member.restarts = member.due and resets
+        return member
 
-    def _prepare(self, member: Member, usable: bool) -> None:
-        """Decide whether a matrix gets a new subspace: a gradient of zeros has none to give."""
-        if member.due and self.projection_hook is not None:
-            side = member.slot.subspace.side
-            member.given = self.projection_hook(member.weight, member.grad, side)
-        member.due = member.due and (usable or member.given is not None)
+    @staticmethod
+    def _seen(slot: Slot, entry: Entry) -> Member:
+        """The weight as a matrix; of a sharded one its local part, or all of it."""
+        if not is_sharded(entry.param):
+            weight, grad = slot.matrix(entry.param), slot.matrix(entry.grad)
+            return Member(slot, weight, grad, entry.state)
+        if slot.spreads:
+            state = {name: local(value) for name, value in entry.state.items()}
+            return Member(slot, local(entry.param), local(entry.grad), state)
+        whole = gathered(entry.param)
+        return Member(slot, slot.matrix(whole), slot.matrix(gathered(entry.grad)), entry.state)
 
-    def _advance(self, members: list[Member], age: float | None, verdict: Verdict) -> None:
-        self._refresh([m for m in members if m.due])
-        first = members[0]
+    def spreads(self, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether a state tensor is spread as its parameter: where all that is kept can be."""
+        return is_sharded(param) and shape == tuple(param.shape) and self._slot(param).spreads
+
+    def _advance(
+        self, members: list[Member], age: float | None, verdict: Verdict, writer: Writer
+    ) -> None:
+        first = members[0].slot
+        # What subspaces are fitted to must not be overwritten by the next one's.
+        own = isinstance(first.subspace, Identity)
+        grads = {
+            i: writer.gradient(m, keep=True)
+            for i, m in enumerate(members)
+            if m.due or (own and first.reparam is not None)
+        }
+        self._refresh([(m, grads[i]) for i, m in enumerate(members) if m.due])
         batch = Batch(
-            group=first.slot.group,
+            group=first.group,
             age=device_ages(members) if age is None else age,
             weights=[m.weight for m in members],
             states=[m.state for m in members],
-            skip=verdict.skip.get(first.weight.device),
+            skip=verdict.skip.get(members[0].weight.device),
         )
-        if not first.slot.projected:
+        if own and first.reparam is None:
             batch.small = [m.grad for m in members]
-            if batch.skip is None and self._dense(batch, first.slot.inner):
+            if writer.dense(batch, first):
                 return
-        dtype = first.slot.moments_dtype
-        batch.small = [m.slot.subspace.down(m.grad).to(dtype).contiguous() for m in members]
-        batch.direction = [torch.empty_like(small) for small in batch.small]
-        self.apply(members, batch, first.slot.inner.direction(batch))
-        for member in members:
-            member.slot.write_back(member.weight)
-
-    def apply(self, members: list[Member], batch: Batch, size: float | Tensor) -> None:
-        """Write ``W - size * scale * up(direction)`` and the decay; override for an outside rule.
-
-        Parameters
-        ----------
-        members
-            The matrices.
-        batch
-            What the inner update has worked on; ``batch.direction`` is at hand to be changed.
-        size
-            The inner update's step size; a tensor holds one a matrix.
-        """
-        group = batch.group
-        scale = float(group["scale"]) if members[0].slot.projected else 1.0
-        if isinstance(size, Tensor):
-            torch._foreach_mul_(batch.direction, list(size.to(batch.direction[0].dtype)))
-            size = 1.0
-        rates = batch.lr if batch.lr is not None else [group["lr"]] * len(members)
-        for member, direction, lr in zip(members, batch.direction, rates, strict=True):
-            beta, apart = 1.0, None
-            if batch.skip is not None or isinstance(lr, Tensor):
-                apart = self._decay_apart(group, lr, batch)
-            else:
-                beta = self._decay(group, lr)
-            if apart is not None and self.decay_first:
-                member.weight.mul_(apart)
-            alpha = -size * scale * (1.0 if self.decay_first else beta)
-            member.slot.subspace.up(direction, out=member.weight, alpha=alpha, beta=beta)
-            if apart is not None and not self.decay_first:
-                member.weight.mul_(apart)
-
-    def _dense(self, batch: Batch, inner: InnerUpdate) -> bool:
-        if batch.group["lr"] is None:
-            return False
-        beta = self._decay(batch.group, batch.group["lr"])
-        return inner.dense(batch, alpha=1.0 if self.decay_first else beta, beta=beta)
+        batch.small = [
+            self._down(m, grads[i] if i in grads else writer.gradient(m), out)
+            for i, (m, out) in enumerate(
+                zip(members, writer.small_arrays(members, "small"), strict=True)
+            )
+        ]
+        batch.direction = writer.small_arrays(members, "direction")
+        size: float | Tensor = (
+            first.inner.direction(batch) if first.small_size else float(first.group["lr"])
+        )
+        writer.write(members, batch, size)
 
     @staticmethod
-    def _decay(group: dict[str, Any], lr: Any) -> float:
-        return 1.0 - float(lr) * group["weight_decay"] if group["weight_decay"] else 1.0
-
-    @staticmethod
-    def _decay_apart(group: dict[str, Any], lr: Any, batch: Batch) -> Tensor | None:
-        """The decay as a tensor, where the rate or the skip is known to the device only."""
-        if not group["weight_decay"]:
-            return None
-        beta = 1.0 - lr * group["weight_decay"]
-        if batch.skip is None:
-            return torch.as_tensor(beta)
-        like = batch.direction[0]
-        return torch.where(batch.skip, torch.ones((), dtype=like.dtype, device=like.device), beta)
+    def _down(member: Member, grad: Tensor, out: Tensor) -> Tensor:
+        space = member.slot.subspace
+        if isinstance(space, Identity) and grad.dtype == out.dtype and grad.is_contiguous():
+            return grad
+        small: Tensor = space.down(grad, out=out)
+        return small
 
     # -- refreshing ------------------------------------------------------------------------
 
-    def _refresh(self, members: list[Member]) -> None:
-        chosen = [m for m in members if m.given is None]
-        for member in members:
+    def _refresh(self, each: list[tuple[Member, Tensor]]) -> None:
+        for member, _ in each:
             if member.given is not None:
-                slot = member.slot
-                self._adopt(member, slot.injected(member.given, self._name(*slot.place)))
+                self._adopt(member, self._injected(member))
+        chosen = [(m, grad) for m, grad in each if m.given is None]
         fitted = self._fit(chosen)
-        for member, new in zip(chosen, fitted, strict=True):
-            if member.slot.fitted:
+        for (member, _), new in zip(chosen, fitted, strict=True):
+            if member.slot.subspace.fitted:
                 new.align(member.slot.subspace)
-            iterated = isinstance(new, IterativeSubspace) and new.steps > 0
-            self.refreshes["iteration" if iterated else "decomposition"] += 1
+            if not new.draws:
+                iterated = isinstance(new, IterativeSubspace) and new.steps > 0
+                self.refreshes["iteration" if iterated else "decomposition"] += 1
             self._adopt(member, new)
 
-    @staticmethod
-    def _fit(members: list[Member]) -> list[Projection]:
-        # Bases of zeros, which a state is allocated with, are no start for an iteration.
-        subspaces = [
-            m.slot.subspace if m.slot.fitted else m.slot.subspace.restore({}) for m in members
-        ]
-        if all(isinstance(subspace, IterativeSubspace) for subspace in subspaces):
-            return list(IterativeSubspace.fit_many(subspaces, [m.grad for m in members]))
-        return [s.fit(m.weight, m.grad) for s, m in zip(subspaces, members, strict=True)]
+    def _injected(self, member: Member) -> Subspace:
+        given = member.given if isinstance(member.given, tuple) else (member.given,)
+        slot = member.slot
+        try:
+            found: Subspace = slot.subspace.inject(given, member.weight)
+        except InputError as error:
+            raise InputError(f"projection_hook, {self._name(*slot.place)}: {error}") from None
+        return found
 
-    def _adopt(self, member: Member, new: Projection) -> None:
+    def _fit(self, members: list[tuple[Member, Tensor]]) -> list[Any]:
+        # Bases of zeros, which a state is allocated with, are no start for an iteration.
+        spaces = [
+            m.slot.subspace if m.slot.subspace.fitted else m.slot.subspace.restore({})
+            for m, _ in members
+        ]
+        if all(isinstance(space, IterativeSubspace) for space in spaces):
+            return list(IterativeSubspace.fit_many(spaces, [grad for _, grad in members]))
+        return [
+            space.fit(m.weight, grad, self._generator(m) if space.draws else None)
+            for space, (m, grad) in zip(spaces, members, strict=True)
+        ]
+
+    @staticmethod
+    def _generator(member: Member) -> torch.Generator:
+        slot = member.slot
+        step = int(member.state["step"].item())
+        return generator_for(slot.group.get("seed", 0), *slot.place, step)
+
+    def _adopt(self, member: Member, new: Subspace) -> None:
         slot, state = member.slot, member.state
-        policy, old = slot.group["moments"], slot.subspace
-        if slot.fitted and policy == "reset":
-            slot.inner.reset(state)
-            # The moments start over, and their bias correction with them.
-            state["unseen"].copy_(state["step"] - 1.0)
-        elif slot.fitted and policy == "rotate":
+        policy, old = self.moment_policy(slot.group), slot.subspace
+        if old.fitted and policy == "reset":
+            self.reset_moments(slot, state)
+        elif old.fitted and policy == "rotate":
             slot.inner.on_first_moment(state, lambda m: new.transport(old, [m], "rotate"))
         state.update(new.state)
-        slot.subspace, slot.fitted = new, True
+        slot.subspace = new
+
+    @staticmethod
+    def reset_moments(slot: Slot, state: State) -> None:
+        """Start the moments over, and their bias correction with them."""
+        slot.inner.reset(state)
+        magnitudes: InnerUpdate | None = slot.parts.magnitudes
+        if slot.reparam is not None and magnitudes is not None:
+            magnitudes.reset(slot.magnitude_state(state))
+        state["unseen"].copy_(state["step"] - 1.0)

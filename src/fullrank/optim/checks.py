@@ -97,6 +97,50 @@ def rank(name: str, value: Any) -> None:
             )
 
 
+def fraction(name: str, value: Any) -> None:
+    """A number in [0, 1]."""
+    if not _number(value) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value!r}; it must lie in [0, 1]")
+
+
+def integer(name: str, value: Any) -> None:
+    """Any whole number."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name}={value!r}; it must be a whole number")
+
+
+# What the groups of every optimizer that projects gradients may say.
+ADAM: Mapping[str, Check] = {
+    "lr": at_least(0.0),
+    "betas": pair(decay_factor),
+    "eps": at_least(0.0),
+    "weight_decay": at_least(0.0),
+}
+KEPT: Mapping[str, Check] = {
+    "state_bits": one_of(32, 8),
+    "min_8bit_size": whole,
+    "stochastic_rounding": truth,
+    "seed": integer,
+}
+PROJECTED: Mapping[str, Check] = {
+    "rank": rank,
+    "update_proj_gap": whole,
+    "proj_type": one_of("std", "reverse_std", "left", "right", "full"),
+    "refresh": one_of("svd", "subspace"),
+    "moments": one_of("keep", "reset", "rotate"),
+    **KEPT,
+}
+
+
+def chosen(arguments: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Pick a constructor's arguments that are a group's defaults, by the checks for them.
+
+    >>> chosen({"self": None, "lr": 0.1, "nonfinite": "skip"}, {"lr": finite})
+    {'lr': 0.1}
+    """
+    return {name: arguments[name] for name in checks}
+
+
 def check_group(group: Group, checks: Mapping[str, Check]) -> None:
     """Run every check on the group's value of that name.
 

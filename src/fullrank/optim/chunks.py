@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullrank.optim.inner import State
+from fullrank.optim.foundation import State
 from fullrank.optim.matrices import Slot
 
 # Small arrays are worked on a few matrices at a time: what is alive beside the state stays
@@ -28,7 +28,9 @@ class Member:
     grad: Tensor
     state: State
     due: bool = False
-    given: Tensor | tuple[Tensor, Tensor] | None = None
+    restarts: bool = False
+    given: Any = None
+    radial: Tensor | None = None
 
 
 def chunks(
@@ -43,10 +45,9 @@ def chunks(
         slot, state = member.slot, member.state
         age = None
         if not device_knows(slot.param):
-            restarts = member.due and slot.fitted and slot.group["moments"] == "reset"
-            age = 1.0 if restarts else state["step"].item() - state["unseen"].item()
+            age = 1.0 if member.restarts else state["step"].item() - state["unseen"].item()
         device = member.weight.device
-        key = (id(slot.group), device, slot.moments_dtype, slot.projected, age)
+        key = (id(slot.group), device, slot.moments_dtype, type(slot.subspace), age)
         chunk, size = open_.get(key, ([], 0))
         chunk.append(member)
         size += slot.small_size

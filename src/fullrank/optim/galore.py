@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
+
+import torch
 
 from fullrank.core.errors import InputError
+from fullrank.core.plan import RankPlan
 from fullrank.optim import checks as valid
-from fullrank.optim.base import ProjectionHook, SubspaceOptimizer
+from fullrank.optim.base import ProjectionHook
 from fullrank.optim.gradients import NonFinite
 from fullrank.optim.inner import Adafactor, AdamW
-from fullrank.optim.iterative import IterativeSubspace
-from fullrank.optim.subspace import (
-    MomentPolicy,
-    Projection,
-    ProjType,
-    SVDSubspace,
-    side_of,
-)
-
-Refresh = Literal["svd", "subspace"]
-
-_GALORE_CHECKS: dict[str, valid.Check] = {
-    "rank": valid.rank,
-    "update_proj_gap": valid.whole,
-    "scale": valid.positive,
-    "proj_type": valid.one_of(*get_args(ProjType)),
-    "refresh": valid.one_of(*get_args(Refresh)),
-    "moments": valid.one_of(*get_args(MomentPolicy)),
-    "weight_decay": valid.at_least(0.0),
-}
+from fullrank.optim.matrices import Parts
+from fullrank.optim.projected import ProjectedOptimizer, Refresh
+from fullrank.optim.seeds import seed_of
+from fullrank.optim.subspace import MomentPolicy, ProjType
 
 
-class _GaLore(SubspaceOptimizer):
-    """What the two forms share: the choice of the subspace."""
-
-    def subspace(self, group: dict[str, Any], rank: int, shape: tuple[int, int]) -> Projection:
-        """Leading singular vectors, exact or by warm-started iteration."""
-        kind = SVDSubspace if group["refresh"] == "svd" else IterativeSubspace
-        return kind(rank, side_of(group["proj_type"], shape))
-
-
-class GaLoreAdamW(_GaLore):
+class GaLoreAdamW(ProjectedOptimizer):
     """AdamW whose moments live in a rank-r subspace of each gradient; weights stay full.
 
     For an ``(m, n)`` matrix the state is ``2 r max(m, n)`` moments and ``r min(m, n)`` numbers of
     basis, instead of ``2 m n``. The constructor and the groups are those of ``galore_torch``: a
     group with ``rank`` is projected, one without gets AdamW with the same eps convention. Every
-    argument but the last three may also be a group's key.
+    argument but the last four may also be a group's key.
 
     Parameters
     ----------
@@ -85,7 +63,11 @@ class GaLoreAdamW(_GaLore):
         False leaves out Adam's bias correction.
     min_8bit_size
         With ``state_bits=8``, moments of fewer elements stay float32: 4096.
-    nonfinite, projection_hook
+    stochastic_rounding
+        Round bfloat16 weights up or down at random, so that small steps are not lost.
+    generator
+        Seed of that rounding: a number or a generator to draw one from; None is 0.
+    plan, nonfinite, projection_hook
         See :class:`SubspaceOptimizer`.
 
     Raises
@@ -106,13 +88,10 @@ class GaLoreAdamW(_GaLore):
     """
 
     checks: ClassVar[dict[str, valid.Check]] = {
-        "lr": valid.at_least(0.0),
-        "betas": valid.pair(valid.decay_factor),
-        "eps": valid.at_least(0.0),
-        **_GALORE_CHECKS,
-        "state_bits": valid.one_of(32, 8),
+        **valid.ADAM,
+        "scale": valid.positive,
         "correct_bias": valid.truth,
-        "min_8bit_size": valid.whole,
+        **valid.PROJECTED,
     }
 
     def __init__(
@@ -132,36 +111,32 @@ class GaLoreAdamW(_GaLore):
         state_bits: Literal[32, 8] = 32,
         correct_bias: bool = True,
         min_8bit_size: int = 4096,
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | int | None = None,
+        plan: RankPlan | None = None,
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "refresh": refresh,
-            "moments": moments,
-            "state_bits": state_bits,
-            "correct_bias": correct_bias,
-            "min_8bit_size": min_8bit_size,
-        }
-        super().__init__(params, defaults, nonfinite=nonfinite, projection_hook=projection_hook)
+        super().__init__(
+            params,
+            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
+            nonfinite=nonfinite,
+            projection_hook=projection_hook,
+            plan=plan,
+        )
 
-    def inner(self, group: dict[str, Any]) -> AdamW:
-        """Adam with eps beside the uncorrected root."""
-        return AdamW("uncorrected", bits=group["state_bits"], min_8bit_size=group["min_8bit_size"])
+    def parts(self, group: dict[str, Any]) -> Parts:
+        """Adam with eps beside the uncorrected root, and nothing outside."""
+        inner = AdamW("uncorrected", group["state_bits"], group["min_8bit_size"])
+        return Parts(inner, scale=float(group["scale"]))
 
 
-class GaLoreAdafactor(_GaLore):
+class GaLoreAdafactor(ProjectedOptimizer):
     """Adafactor whose factored second moment lives in a rank-r subspace of each gradient.
 
-    Groups and the arguments from ``rank`` to ``moments`` are those of :class:`GaLoreAdamW`; the
-    others are the original's (arXiv 1804.04235). Weights decay before the update.
+    Groups and the arguments from ``rank`` on are those of :class:`GaLoreAdamW`; the others are the
+    original's (arXiv 1804.04235). Weights decay before the update. The factors of the second
+    moment stay in 32 bits.
 
     Parameters
     ----------
@@ -183,7 +158,7 @@ class GaLoreAdafactor(_GaLore):
     relative_step, warmup_init
         Derive the rate from the step: ``min(1e-2, 1 / sqrt(t))``, or ``min(1e-6 t, 1 / sqrt(t))``
         with ``warmup_init``.
-    rank, update_proj_gap, scale, proj_type, refresh, moments, nonfinite, projection_hook
+    rank, update_proj_gap, scale, proj_type, refresh, moments, state_bits, min_8bit_size, ...
         As for :class:`GaLoreAdamW`.
 
     Raises
@@ -212,7 +187,9 @@ class GaLoreAdafactor(_GaLore):
         "scale_parameter": valid.truth,
         "relative_step": valid.truth,
         "warmup_init": valid.truth,
-        **_GALORE_CHECKS,
+        "weight_decay": valid.at_least(0.0),
+        "scale": valid.positive,
+        **valid.PROJECTED,
     }
 
     def __init__(
@@ -234,6 +211,11 @@ class GaLoreAdafactor(_GaLore):
         proj_type: ProjType = "std",
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        state_bits: Literal[32, 8] = 32,
+        min_8bit_size: int = 4096,
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | int | None = None,
+        plan: RankPlan | None = None,
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
@@ -244,25 +226,16 @@ class GaLoreAdafactor(_GaLore):
             )
         if warmup_init and not relative_step:
             raise InputError("warmup_init=True needs relative_step=True")
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "beta1": beta1,
-            "weight_decay": weight_decay,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "refresh": refresh,
-            "moments": moments,
-        }
-        super().__init__(params, defaults, nonfinite=nonfinite, projection_hook=projection_hook)
+        super().__init__(
+            params,
+            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
+            nonfinite=nonfinite,
+            projection_hook=projection_hook,
+            plan=plan,
+        )
 
-    def inner(self, group: dict[str, Any]) -> Adafactor:
+    def parts(self, group: dict[str, Any]) -> Parts:
         """Adafactor, with a first moment where ``beta1`` asks for one."""
-        return Adafactor(first_moment=group["beta1"] is not None)
+        first = group["beta1"] is not None
+        inner = Adafactor(first, group["state_bits"], group["min_8bit_size"])
+        return Parts(inner, scale=float(group["scale"]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.optim.sharded import agree, is_sharded, local
 
 NonFinite = Literal["skip", "raise", "ignore"]
 
@@ -51,7 +52,11 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
     for (_, dtype), members in kinds.items():
         wide = torch.promote_types(dtype, torch.float32)
-        values = torch._foreach_norm([grads[i] for i in members], 2, dtype=wide)
+        values = torch._foreach_norm([local(grads[i]) for i in members], 2, dtype=wide)
+        if any(is_sharded(grads[i]) for i in members):
+            # In float64, which the squares of float32 norms fit.
+            squares = torch.stack(values).double().square_()
+            values = agree(squares, [grads[i] for i in members]).sqrt_().unbind()
         for i, value in zip(members, values, strict=True):
             found[i] = value
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,8 @@ from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
 from fullrank.core.plan import RankPlan
 from fullrank.core.table import Table
-from fullrank.optim.base import SubspaceOptimizer
+from fullrank.optim.foundation import FullrankOptimizer
+from fullrank.optim.frugal import FrugalAdamW
 from fullrank.optim.galore import GaLoreAdamW
 from fullrank.optim.matrices import matrix_shape
 from fullrank.optim.memory import memory_table
@@ -29,7 +30,7 @@ class ParamGroups(list[dict[str, Any]]):
     optimizer
         The class the groups are for.
     projected
-        Module name -> (shape of the weight, rank).
+        Module name -> (shape of the weight, rank; None where a part of it has state).
     others
         Names of the parameters that are not projected.
     """
@@ -37,14 +38,14 @@ class ParamGroups(list[dict[str, Any]]):
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        optimizer: type[SubspaceOptimizer],
-        projected: dict[str, tuple[tuple[int, ...], int]],
-        others: dict[str, tuple[int, ...]],
+        optimizer: type[FullrankOptimizer],
+        projected: Mapping[str, tuple[tuple[int, ...], int | None]],
+        others: Mapping[str, tuple[int, ...]],
     ) -> None:
         super().__init__(groups)
         self.optimizer = optimizer
-        self.projected = projected
-        self.others = others
+        self.projected = dict(projected)
+        self.others = dict(others)
 
     def memory(self, **options: Any) -> Table:
         """Memory of training with these groups; see :func:`memory_table`."""
@@ -52,7 +53,9 @@ class ParamGroups(list[dict[str, Any]]):
 
     def __str__(self) -> str:
         lines = [f"{len(self.projected)} weights are projected, {len(self.others)} are not"]
-        lines += _summary((name, f"{s}, rank {r}") for name, (s, r) in self.projected.items())
+        lines += _summary(
+            (name, f"{s}, rank {r}" if r else f"{s}") for name, (s, r) in self.projected.items()
+        )
         lines.append("not projected:")
         lines += _summary((name, str(shape)) for name, shape in self.others.items())
         return "\n".join([*lines, "", self.memory().markdown()])
@@ -60,7 +63,7 @@ class ParamGroups(list[dict[str, Any]]):
 
 def param_groups(
     model: nn.Module,
-    optimizer: type[SubspaceOptimizer] = GaLoreAdamW,
+    optimizer: type[FullrankOptimizer] = GaLoreAdamW,
     rank: int | None = None,
     plan: RankPlan | None = None,
     targets: Patterns | None = None,
@@ -116,14 +119,10 @@ def param_groups(
     """
     if (rank is None) == (plan is None):
         raise InputError("give either rank= (one for all) or plan= (one for each weight)")
-    if not (isinstance(optimizer, type) and issubclass(optimizer, SubspaceOptimizer)):
-        raise InputError(f"optimizer={optimizer!r} is not a class of fullrank.optim's")
-    unknown = sorted(set(options) - set(optimizer.checks))
-    if unknown:
-        raise InputError(
-            f"groups of {optimizer.__name__} have no {unknown[0]!r}; "
-            f"they have {', '.join(sorted(optimizer.checks))}"
-        )
+    ours = isinstance(optimizer, type) and issubclass(optimizer, FullrankOptimizer)
+    if not ours or "rank" not in optimizer.checks:
+        raise InputError(f"optimizer={optimizer!r} is not a class of fullrank.optim's with ranks")
+    _known(optimizer, options)
     if plan is not None:
         if targets is not None or exclude:
             raise InputError("a plan says which weights it is for; leave targets and exclude out")
@@ -153,9 +152,89 @@ def galore_param_groups(
     return param_groups(model, GaLoreAdamW, rank, targets=targets, **options)
 
 
+def frugal_param_groups(
+    model: nn.Module,
+    targets: Patterns | None = None,
+    exclude: Patterns = (),
+    *,
+    project_embeddings: bool = False,
+    project_head: bool = False,
+    project_norms: bool = False,
+    verbose: bool = False,
+    **options: Any,
+) -> ParamGroups:
+    """Sort a model's parameters into those FRUGAL divides and those that keep all their state.
+
+    Parameters
+    ----------
+    model, targets, exclude, verbose
+        As for :func:`param_groups`.
+    project_embeddings, project_head, project_norms
+        Divide these too. By default they keep Adam's whole state: the paper finds that the head
+        needs it.
+    **options
+        Other keys of the divided group, e.g. ``subspace="columns"``, ``density=0.1``.
+
+    Returns
+    -------
+    ParamGroups
+        The divided group, in the model's order, and the other one.
+
+    Raises
+    ------
+    InputError
+        When a pattern or all of them match nothing; on an option that FRUGAL's groups do not have.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 16), nn.Linear(16, 8))
+    >>> list(frugal_param_groups(model, density=0.5).projected)
+    ['1.weight', '2.weight']
+    """
+    _known(FrugalAdamW, options)
+    available = _available(model, skip_head=not (targets or project_head))
+    picked = _picked(available, _patterns(targets), _patterns(exclude))
+    chosen = {id(weight) for weight in picked.values()}
+    for module in model.modules():
+        embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        norms = "norm" in type(module).__name__.lower()
+        if (project_embeddings and embeds) or (project_norms and norms):
+            chosen.update(id(p) for p in module.parameters(recurse=False))
+    named = [(canonical_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    divided = {name: param for name, param in named if id(param) in chosen}
+    others = {name: param for name, param in named if id(param) not in chosen}
+    if not divided:
+        raise InputError(
+            f"nothing to divide: no layer is named like {targets or 'anything'}; {_some(available)}"
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": list(divided.values()), "is_proj_params": True, **options}
+    ]
+    if others:
+        groups.append({"params": list(others.values()), "is_proj_params": False})
+    found = ParamGroups(
+        groups,
+        FrugalAdamW,
+        {name: (tuple(param.shape), None) for name, param in divided.items()},
+        {name: tuple(param.shape) for name, param in others.items()},
+    )
+    if verbose:
+        print(found)
+    return found
+
+
+def _known(optimizer: type[FullrankOptimizer], options: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - set(optimizer.checks))
+    if unknown:
+        raise InputError(
+            f"groups of {optimizer.__name__} have no {unknown[0]!r}; "
+            f"they have {', '.join(sorted(optimizer.checks))}"
+        )
+
+
 def _assemble(
     model: nn.Module,
-    optimizer: type[SubspaceOptimizer],
+    optimizer: type[FullrankOptimizer],
     chosen: dict[str, tuple[Tensor, int]],
     options: dict[str, Any],
     one_rank: int | None,
@@ -172,7 +251,7 @@ def _assemble(
         }
     ]
     if others:
-        groups.append({"params": list(others.values())})
+        groups.append({"params": list(others.values()), "rank": None})
     return ParamGroups(
         groups,
         optimizer,
@@ -223,15 +302,10 @@ def _from_patterns(
     model: nn.Module, rank: int, targets: list[str], exclude: list[str]
 ) -> dict[str, tuple[Tensor, int]]:
     available = _available(model, skip_head=not targets)
-    for pattern in exclude:
-        if not any(_matches(n, pattern) for n in available):
-            raise InputError(f"exclude: no layer is named like {pattern!r}; {_some(available)}")
     chosen = {
         name: (weight, rank)
-        for name, weight in available.items()
-        if (not targets or any(_matches(name, p) for p in targets))
-        and not any(_matches(name, p) for p in exclude)
-        and rank < min(matrix_shape(weight.shape))
+        for name, weight in _picked(available, targets, exclude).items()
+        if rank < min(matrix_shape(weight.shape))
     }
     if not chosen:
         raise InputError(
@@ -239,6 +313,21 @@ def _from_patterns(
             f"{targets or 'anything'}; {_some(available)}"
         )
     return chosen
+
+
+def _picked(
+    available: dict[str, Tensor], targets: list[str], exclude: list[str]
+) -> dict[str, Tensor]:
+    """Those that a target names, or all, without those that are excluded."""
+    for pattern in exclude:
+        if not any(_matches(n, pattern) for n in available):
+            raise InputError(f"exclude: no layer is named like {pattern!r}; {_some(available)}")
+    return {
+        name: weight
+        for name, weight in available.items()
+        if (not targets or any(_matches(name, p) for p in targets))
+        and not any(_matches(name, p) for p in exclude)
+    }
 
 
 def _from_plan(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Tensor, int]]:

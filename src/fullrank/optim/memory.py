@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
 from fullrank.core.table import Table
-from fullrank.optim.base import SubspaceOptimizer
+from fullrank.optim.foundation import FullrankOptimizer
 
 
 def human_bytes(count: int) -> str:
@@ -41,8 +41,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def memory_table(
-    optimizer: SubspaceOptimizer | Iterable[dict[str, Any]],
-    kind: type[SubspaceOptimizer] | None = None,
+    optimizer: FullrankOptimizer | Iterable[dict[str, Any]],
+    kind: type[FullrankOptimizer] | None = None,
     **options: Any,
 ) -> Table:
     """Weights, gradients and optimizer state in bytes, beside ``torch.optim.AdamW``'s state.
@@ -77,7 +77,7 @@ def memory_table(
     >>> dict(zip(table.columns, table.rows[-1], strict=True))["optimizer state"]
     2568
     """
-    if not isinstance(optimizer, SubspaceOptimizer):
+    if not isinstance(optimizer, FullrankOptimizer):
         if kind is None:
             raise InputError("param groups alone do not say how they are stepped; give kind=...")
         optimizer = kind(optimizer, **options)
@@ -89,8 +89,7 @@ def memory_table(
             spec = optimizer.expected_state(param)
             state = sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
             row = (1, param.numel(), weight, gradient, state, 2 * weight + 4)
-            kept = any(name.startswith("basis") for name in spec)
-            for part in ("projected" if kept else "not projected", "all"):
+            for part in ("projected" if optimizer.projects(param) else "not projected", "all"):
                 sums[part] = [a + b for a, b in zip(sums[part], row, strict=True)]
     columns = ["weights", "gradients", "optimizer state", "AdamW's state"]
     return Table(

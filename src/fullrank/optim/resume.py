@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.optim.sharded import gathered, spread
 
 Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 Home = Callable[[str, Tensor], torch.device]
+Spreads = Callable[[Tensor, tuple[int, ...], torch.dtype], bool]
 
 
 def restored(
     param_groups: list[dict[str, Any]],
     saved: Mapping[str, Any],
-    expected: Callable[[Tensor], Spec],
+    expected: Callable[[Tensor, Mapping[str, Any]], Spec],
     home: Home,
+    spreads: Spreads,
     name: Callable[[int, int], str],
 ) -> dict[Tensor, dict[str, Tensor]]:
     """State of each parameter, as copies of what was saved.
@@ -31,9 +34,11 @@ def restored(
     saved
         A ``state_dict``.
     expected
-        Parameter -> what its state must hold.
+        (parameter, what was saved for it) -> what it must hold.
     home
         (state tensor's name, parameter) -> device it lives on.
+    spreads
+        (parameter, shape, dtype) -> whether such a tensor is spread as its sharded parameter is.
     name
         (group, index) -> what to call the parameter in a message.
 
@@ -50,11 +55,15 @@ def restored(
         if not state:
             continue
         param = param_groups[g]["params"][i]
-        spec = expected(param)
+        spec = expected(param, state)
         check_state(state, spec, name(g, i))
         found[param] = {
-            n: state[n].detach().to(device=home(n, param), dtype=dtype, copy=True)
-            for n, (_, dtype) in spec.items()
+            n: (
+                spread(state[n].detach(), param).to(dtype=dtype, copy=True)
+                if spreads(param, shape, dtype)
+                else gathered(state[n].detach()).to(home(n, param), dtype, copy=True)
+            )
+            for n, (shape, dtype) in spec.items()
         }
     return found
 

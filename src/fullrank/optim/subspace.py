@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.optim.foundation import Spec
 
 Side = Literal["left", "right", "full"]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 MomentPolicy = Literal["keep", "reset", "rotate"]
+
+# Bases in these are orthonormal to rounding when they come out of a factorisation.
+_PRECISE = (torch.float32, torch.float64)
 
 
 def side_of(proj_type: ProjType, shape: tuple[int, int]) -> Side:
@@ -44,12 +48,32 @@ class Subspace(Protocol):
     """Where one matrix's stateful update runs."""
 
     @property
+    def side(self) -> str:
+        """Which kind it is, in a word for a ``projection_hook``."""
+        ...
+
+    @property
+    def draws(self) -> bool:
+        """Whether ``fit`` needs a generator."""
+        ...
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether entries of a gradient are either inside or outside."""
+        ...
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a subspace has been chosen yet; reads from the device after ``restore``."""
+        ...
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """What defines the subspace, as plain tensors under the names they are saved by."""
         ...
 
-    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors in :attr:`state` for an ``(m, n)`` matrix."""
+    def expected(self, shape: tuple[int, int], dtype: torch.dtype) -> Spec:
+        """Shape and dtype of the tensors in :attr:`state` for an ``(m, n)`` matrix of ``dtype``."""
         ...
 
     def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -74,55 +98,21 @@ class Subspace(Protocol):
         """Return ``beta * out + alpha * up(small)``, in place when ``out`` is given."""
         ...
 
+    def residual(self, grad: Tensor, small: Tensor, out: Tensor) -> Tensor:
+        """Write ``G - up(small)`` to ``out``: what of the gradient lies outside."""
+        ...
+
     def transport(self, old: Self, moments: Sequence[Tensor], policy: MomentPolicy) -> None:
         """Carry first moments, in place, from the subspace ``old`` to this one."""
         ...
 
+    def align(self, old: Self) -> None:
+        """Undo what is arbitrary in this choice, such as signs, by likeness to the old one."""
+        ...
 
-class Identity:
-    """The whole space: the small array is the gradient itself. It has no state.
-
-    >>> Identity().down(torch.ones(2, 3)).shape
-    torch.Size([2, 3])
-    """
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Nothing."""
-        return {}
-
-    def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        """Return the shape of the matrix."""
-        return shape
-
-    def restore(self, state: dict[str, Tensor]) -> Self:
-        """Return itself."""
-        return self
-
-    def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
-        """Return itself."""
-        return self
-
-    def down(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the gradient, or ``out`` filled with it."""
-        return grad if out is None else out.copy_(grad)
-
-    def up(
-        self, small: Tensor, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
-    ) -> Tensor:
-        """Return ``beta * out + alpha * small``."""
-        if out is None:
-            return small * alpha
-        if beta != 1.0:
-            out.mul_(beta)
-        return out.add_(small, alpha=alpha)
-
-    def transport(self, old: Self, moments: Sequence[Tensor], policy: MomentPolicy) -> None:
-        """Do nothing."""
+    def inject(self, given: Sequence[Tensor], like: Tensor) -> Self:
+        """Return the subspace of this kind that a caller chose, for a matrix ``like`` this."""
+        ...
 
 
 class Projection:
@@ -142,6 +132,9 @@ class Projection:
         The bases; absent until :meth:`fit` or :meth:`restore`.
     """
 
+    draws = False
+    entrywise = False
+
     def __init__(
         self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
     ) -> None:
@@ -153,11 +146,17 @@ class Projection:
         self.right = right
         # `fit` may have projected its gradient already: (that gradient, the result).
         self._ready: tuple[Tensor, Tensor] | None = None
+        self._fitted: bool | None = None
+        self._exact: bool | None = None
+        self._gram: Tensor | None = None
 
     @property
     def fitted(self) -> bool:
-        """Whether the bases are there."""
-        return self.left is not None or self.right is not None
+        """Whether the bases are there, and not the zeros that a state is allocated with."""
+        if self._fitted is None:
+            bases = self.state.values()
+            self._fitted = bool(bases) and all(bool(basis.any()) for basis in bases)
+        return self._fitted
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -165,12 +164,12 @@ class Projection:
         named = {"basis_left": self.left, "basis_right": self.right}
         return {name: basis for name, basis in named.items() if basis is not None}
 
-    def expected(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the bases for an ``(m, n)`` matrix."""
+    def expected(self, shape: tuple[int, int], dtype: torch.dtype) -> Spec:
+        """Shape and dtype of the bases for an ``(m, n)`` matrix."""
         m, n = shape
-        every: dict[str, tuple[int, ...]] = {
-            "basis_left": (m, self.rank),
-            "basis_right": (self.rank, n),
+        every: Spec = {
+            "basis_left": ((m, self.rank), dtype),
+            "basis_right": ((self.rank, n), dtype),
         }
         return every if self.side == "full" else {f"basis_{self.side}": every[f"basis_{self.side}"]}
 
@@ -184,10 +183,24 @@ class Projection:
 
     def restore(self, state: dict[str, Tensor]) -> Self:
         """Return the projection with the bases in ``state``."""
-        return self._with(state.get("basis_left"), state.get("basis_right"))
+        return type(self)(self.rank, self.side, state.get("basis_left"), state.get("basis_right"))
 
     def _with(self, left: Tensor | None, right: Tensor | None) -> Self:
-        return type(self)(self.rank, self.side, left, right)
+        """Return the projection on bases that were just made: nobody needs to look at them."""
+        new = type(self)(self.rank, self.side, left, right)
+        new._fitted = True
+        new._exact = all(b.dtype in _PRECISE for b in new.state.values())
+        return new
+
+    def inject(self, given: Sequence[Tensor], like: Tensor) -> Self:
+        """Return the projection on these bases: one, or (left, right) for ``"full"``."""
+        expected = self.expected((like.shape[0], like.shape[1]), like.dtype)
+        shapes = [tuple(basis.shape) for basis in given]
+        needed = [shape for shape, _ in expected.values()]
+        if shapes != needed:
+            raise InputError(f"bases of shape {shapes}; side {self.side!r} needs {needed}")
+        bases = (b.detach().to(like.device, like.dtype).contiguous() for b in given)
+        return self.restore(dict(zip(expected, bases, strict=True)))
 
     def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
         """Choose bases for the current gradient."""
@@ -233,9 +246,46 @@ class Projection:
         return out.addmm_(first, second, beta=beta, alpha=alpha)
 
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
-        if not self.fitted:
+        if self.left is None and self.right is None:
             raise InputError("this subspace has no basis yet: call fit(weight, grad) first")
         return self.left, self.right
+
+    def residual(self, grad: Tensor, small: Tensor, out: Tensor) -> Tensor:
+        """Write ``G - back(small)`` to ``out``; one GEMM."""
+        left, right = self._bases()
+        if left is not None:
+            first, second = left, (small if right is None else small.to(right.dtype) @ right)
+        else:
+            assert right is not None
+            first, second = small, right
+        # Not addmm: it would copy the gradient first.
+        torch.mm(first.to(grad.dtype), second.to(grad.dtype), out=out)
+        return torch.sub(grad, out, out=out)
+
+    def line_norms(self, small: Tensor, own: Tensor) -> Tensor:
+        """Squared norms of ``back(small)``: its rows' for ``right``, its columns' for ``left``.
+
+        They are those of ``small``, which are ``own``, while the basis is orthonormal; where it is
+        so only to a low precision, or was given by a caller, its Gram matrix makes up for the
+        difference.
+        """
+        if self._exact:
+            return own
+        if self.left is None:
+            assert self.right is not None
+            basis, lines = self.right.t(), small
+        else:
+            basis, lines = self.left, small.t()
+        if self._gram is None:
+            wide = basis.to(small.dtype)
+            self._gram = wide.t() @ wide
+            if self._exact is None and basis.dtype in _PRECISE:
+                one = torch.eye(self.rank, dtype=small.dtype, device=small.device)
+                loose = 1000.0 * torch.finfo(basis.dtype).eps
+                self._exact = bool((self._gram - one).abs().max() <= loose)
+                if self._exact:
+                    return own
+        return (lines @ self._gram).mul_(lines).sum(1)
 
     def align(self, old: Self) -> None:
         """Flip basis vectors so that ``diag(P_new P_old^T) >= 0``.
@@ -286,7 +336,7 @@ class Projection:
 
 def floats(grad: Tensor) -> Tensor:
     """Factorisations run in float32 at least, in float64 when the gradient is."""
-    return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+    return grad if grad.dtype in _PRECISE else grad.float()
 
 
 def leading_bases(grad: Tensor, rank: int, side: Side) -> tuple[Tensor | None, Tensor | None]:

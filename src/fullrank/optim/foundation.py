@@ -1,0 +1,360 @@
+"""What every optimizer of the package shares: groups, names, state, resume, bad gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fullrank.core.errors import InputError
+from fullrank.optim.checks import Check, check_group, one_of
+from fullrank.optim.gradients import NonFinite, Verdict, host_decides, judge
+from fullrank.optim.resume import restored
+from fullrank.optim.sharded import is_sharded, zeros
+
+State = dict[str, Any]
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+COUNTERS: Spec = {"step": ((), torch.float32), "unseen": ((), torch.float32)}
+"""What the state of every parameter holds."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter with a gradient in one step.
+
+    Attributes
+    ----------
+    param, grad
+        The parameter and its gradient.
+    group, place
+        Its param group, and (group's index, index in the group).
+    state
+        Its state; ``step`` counts this step already.
+    due
+        Whether something is about to be fitted to the gradient, which must be looked at first.
+    usable
+        Whether the gradient is finite and not all zero; only looked at where ``due``.
+    """
+
+    param: Tensor
+    grad: Tensor
+    group: dict[str, Any]
+    place: tuple[int, int]
+    state: State
+    due: bool = False
+    usable: bool = True
+
+
+class FullrankOptimizer(Optimizer):
+    """Groups with checks, a state of plain tensors, resume bit for bit, bad gradients.
+
+    A subclass says what its groups may hold (``checks``), which tensors it keeps for a parameter
+    (:meth:`state_spec`) and what a step does (:meth:`advance`). Besides these tensors every
+    parameter has two counters: ``step``, the calls that brought it a gradient, on the CPU, and
+    ``unseen``, how many of these its moments have not seen (skipped, or before a reset).
+
+    Parameters
+    ----------
+    params
+        Parameters, named parameters or param groups.
+    defaults
+        Values for groups that do not give their own: one for each of ``checks`` at least.
+    nonfinite
+        What a NaN or an infinity in any gradient does. ``"skip"`` (default): the whole step is
+        left out, moments and weights stay as they are; decided on the device, without waiting
+        for it. ``"raise"``: :class:`~fullrank.core.InputError` before anything changes; reads
+        one flag from the device each step. ``"ignore"``: gradients are not looked at.
+
+    Raises
+    ------
+    InputError
+        On a value that a group cannot have, or a complex or integer parameter.
+    """
+
+    checks: ClassVar[Mapping[str, Check]] = {}
+    separable: ClassVar[bool] = True
+    """Whether a parameter can be stepped without the others."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        one_of("skip", "raise", "ignore")("nonfinite", nonfinite)
+        self.nonfinite: NonFinite = nonfinite
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        check_group(defaults, self.checks)
+        super().__init__(params, defaults)
+
+    # -- what a subclass says --------------------------------------------------------------
+
+    def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
+        """Shape and dtype of each tensor kept for a parameter, beside the counters."""
+        raise NotImplementedError
+
+    def advance(self, entries: list[Entry], verdict: Verdict) -> None:
+        """Change weights and state; gradients are dense, and neither is skipped by the host.
+
+        ``verdict.skip`` may hold a flag a device that only the device knows: where it is True,
+        nothing may change but the counters. :func:`unless` sees to that.
+        """
+        raise NotImplementedError
+
+    def fill(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        """Give new state, allocated as zeros, its first values. Nothing by default."""
+
+    def due(self, entry: Entry) -> bool:
+        """Whether something is about to be fitted to this gradient; the counters are not up yet."""
+        return False
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise :class:`InputError` on a group whose values do not go together."""
+
+    def projects(self, param: Tensor) -> bool:
+        """Whether a parameter's state is smaller than the weight; for the memory table."""
+        return False
+
+    # -- groups ----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; the dict is not changed.
+
+        Raises
+        ------
+        InputError
+            On a value that the group cannot have, or a complex or integer parameter.
+        """
+        group = dict(param_group)
+        if not isinstance(group["params"], Tensor | set):
+            group["params"] = list(group["params"])
+        check_group({**self.defaults, **group}, self.checks)
+        super().add_param_group(group)
+        self._places.clear()
+        try:
+            self.check_group(group)
+            for i, param in enumerate(group["params"]):
+                check_parameter(self._name(len(self.param_groups) - 1, i), param)
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def name_of(self, param: Tensor) -> str:
+        """Return what to call a parameter in a message."""
+        return self._name(*self.place_of(param))
+
+    def place_of(self, param: Tensor) -> tuple[int, int]:
+        """Return (group's index, index in the group) of a parameter."""
+        if not self._places:
+            self._places = {
+                each: (g, i)
+                for g, group in enumerate(self.param_groups)
+                for i, each in enumerate(group["params"])
+            }
+        return self._places[param]
+
+    def _name(self, group: int, index: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        shape = tuple(self.param_groups[group]["params"][index].shape)
+        where = repr(names[index]) if names else f"{index} of group {group}"
+        return f"parameter {where} of shape {shape}"
+
+    # -- state -----------------------------------------------------------------------------
+
+    def expected_state(self, param: Tensor) -> Spec:
+        """Shape and dtype of each state tensor of a parameter, without allocating any."""
+        group = self.param_groups[self.place_of(param)[0]]
+        return {**COUNTERS, **self.state_spec(param, group)}
+
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> State:
+        """Return the state of a parameter, made where it is not there yet."""
+        state: State = self.state[param]
+        if "step" not in state:
+            for name, (shape, dtype) in self.expected_state(param).items():
+                state[name] = self.zeros(name, shape, dtype, param)
+            self.fill(param, group, state)
+        return state
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, param: Tensor) -> Tensor:
+        """Allocate a state tensor."""
+        if self.spreads(param, shape, dtype):
+            return zeros(shape, dtype, param)
+        return torch.zeros(shape, dtype=dtype, device=self.home(name, param))
+
+    def spreads(self, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether a state tensor is spread over processes as its sharded parameter is."""
+        return is_sharded(param) and shape == tuple(param.shape) and dtype.is_floating_point
+
+    def home(self, name: str, param: Tensor) -> torch.device:
+        """Return the device that a state tensor of this name lives on."""
+        # Who decides about a skip holds the count of skips.
+        on_host = name == "step" or (name == "unseen" and not self._device_knows(param))
+        return torch.device("cpu") if on_host else param.device
+
+    def _device_knows(self, param: Tensor) -> bool:
+        """Whether only the device knows which steps were skipped."""
+        return self.nonfinite == "skip" and not host_decides(param.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state, bit for bit.
+
+        Every tensor keeps the dtype it was saved in (torch would cast it to the weight's).
+
+        Raises
+        ------
+        InputError
+            When the state belongs to another optimizer, or to parameters of other shapes.
+        """
+        before = self.state, self.param_groups
+        seen: dict[str, Any] = {}
+
+        # Last of the hooks before, it sees what they made of the state; torch then casts nothing.
+        def take(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            seen.update(final)
+            return {**final, "state": {}}
+
+        # First of the hooks after, so that the others find the state in place.
+        handles = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what was derived from groups and state; it is made anew where needed."""
+        self._places.clear()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.forget()
+        for g, group in enumerate(self.param_groups):
+            lacking = [name for name in self.checks if name not in group]
+            if lacking:
+                raise InputError(
+                    f"this is the state of another optimizer: its group {g} lacks {lacking[0]!r}, "
+                    f"which {type(self).__name__} needs"
+                )
+            check_group(group, self.checks)
+        self.state.update(
+            restored(self.param_groups, saved, self.saved_spec, self.home, self.spreads, self._name)
+        )
+
+    def saved_spec(self, param: Tensor, saved: Mapping[str, Any]) -> Spec:
+        """Return what a saved state of a parameter must hold: by default, what it will hold."""
+        return self.expected_state(param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept: dict[str, Any] = {"nonfinite": self.nonfinite, "_places": {}}
+        return {**super().__getstate__(), **kept}
+
+    # -- the step --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Parameters
+        ----------
+        closure
+            Evaluates the model again and returns the loss.
+
+        Returns
+        -------
+        float or None
+            The closure's loss.
+
+        Raises
+        ------
+        InputError
+            On a sparse gradient; on one that is not finite with ``nonfinite="raise"``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries = list(self._entries())
+        if entries:
+            self._take(entries)
+        return loss
+
+    @torch.no_grad()
+    def step_parameter(self, param: Tensor) -> None:
+        """Step one parameter alone, by its gradient; see :func:`step_per_layer`."""
+        g, i = self.place_of(param)
+        self._take([self._entry(g, i, param)])
+
+    def _entries(self) -> Iterator[Entry]:
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    yield self._entry(g, i, param)
+
+    def _entry(self, g: int, i: int, param: Tensor) -> Entry:
+        grad, group = param.grad, self.param_groups[g]
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise InputError(
+                f"{self._name(g, i)} has a sparse gradient; use a dense one "
+                "(sparse=False in nn.Embedding) or torch.optim.SparseAdam for it"
+            )
+        return Entry(param, grad, group, (g, i), self.state_of(param, group))
+
+    def _take(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            entry.due = self.due(entry)
+        verdict = judge(
+            [e.grad for e in entries],
+            [e.due for e in entries],
+            self.nonfinite,
+            lambda i: self._name(*entries[i].place),
+        )
+        torch._foreach_add_([e.state["step"] for e in entries], 1.0)
+        if verdict.skip_all:
+            torch._foreach_add_([e.state["unseen"] for e in entries], 1.0)
+            return
+        for entry, usable in zip(entries, verdict.usable, strict=True):
+            entry.usable = usable
+            if verdict.skip:
+                entry.state["unseen"].add_(verdict.skip[entry.param.device])
+        self.advance(entries, verdict)
+
+
+@contextmanager
+def unless(skip: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Undo what the block does to these tensors where ``skip`` is True, without reading it.
+
+    With ``skip=None`` it costs nothing; otherwise one copy of the tensors while the block runs.
+
+    >>> weight = torch.ones(2)
+    >>> with unless(torch.tensor(True), [weight]):
+    ...     _ = weight.zero_()
+    >>> weight
+    tensor([1., 1.])
+    """
+    before = [] if skip is None else [tensor.clone() for tensor in tensors]
+    yield
+    if skip is not None:
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(skip, old, tensor))
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Only real floating-point weights can be stepped."""
+    if param.is_complex() or not param.is_floating_point():
+        raise InputError(
+            f"{name} is of {param.dtype}; only real floating-point weights are stepped"
+        )

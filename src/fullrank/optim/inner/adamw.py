@@ -1,0 +1,169 @@
+"""Adam's moments and direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fullrank.optim.foundation import Spec, State
+from fullrank.optim.inner.batch import Batch
+from fullrank.optim.inner.moments import Moments
+
+EpsMode = Literal["uncorrected", "corrected"]
+
+# Where torch has a fused Adam kernel that we have tried.
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+class AdamW:
+    """Adam's moments and direction, in 32 (or the weight's 64) or 8 bits.
+
+    Parameters
+    ----------
+    eps_mode
+        ``"uncorrected"``: ``N = M / (sqrt(V) + eps)``, ``s = lr sqrt(1 - b2^t) / (1 - b1^t)``
+        (GaLore, Fira and LIFT's code); ``"corrected"``: eps beside the bias-corrected root, as in
+        ``torch.optim.AdamW`` (FRUGAL).
+    bits, min_8bit_size
+        See :class:`~fullrank.optim.inner.moments.Moments`.
+    """
+
+    entrywise = True
+
+    def __init__(
+        self, eps_mode: EpsMode = "uncorrected", bits: int = 32, min_8bit_size: int = 4096
+    ) -> None:
+        self.eps_mode = eps_mode
+        self.moments = Moments({"exp_avg": True, "exp_avg_sq": False}, bits, min_8bit_size)
+
+    def expected(self, shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
+        """``exp_avg`` and ``exp_avg_sq``; in 8 bits each with its ``_absmax``."""
+        return self.moments.expected(shape, dtype)
+
+    def direction(self, batch: Batch) -> float | Tensor:
+        """Adam's direction; see the class for eps."""
+        means, squares = (self.moments.load(batch, name) for name in ("exp_avg", "exp_avg_sq"))
+        unknown = isinstance(batch.age, Tensor) or batch.skip is not None
+        if unknown or batch.direction[0].device.type not in _FUSED_DEVICES:
+            size = self._by_foreach(batch, means, squares)
+        else:
+            size = self._by_kernel(batch, means, squares)
+        self.moments.save(batch, exp_avg=means, exp_avg_sq=squares)
+        return size
+
+    def _by_kernel(self, batch: Batch, means: list[Tensor], squares: list[Tensor]) -> float:
+        age = float(batch.age)
+        root = self._root(batch.group, age)
+        # torch's kernel subtracts `lr / (1 - b1^t) * M / (sqrt(V) / sqrt(1 - b2^t) + eps)` from
+        # its parameter. From zero, with this lr and eps, that leaves exactly +N.
+        torch._foreach_zero_(batch.direction)
+        lr = -1.0 if self.eps_mode == "corrected" else -self._first(batch.group, age) / root
+        self._kernel(batch, batch.direction, means, squares, lr=lr, decay=0.0)
+        return self._size(batch.group, age)
+
+    def _kernel(
+        self,
+        batch: Batch,
+        params: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        lr: float,
+        decay: float,
+    ) -> None:
+        group, age = batch.group, float(batch.age)
+        eps = group["eps"]
+        if self.eps_mode == "uncorrected":
+            eps = eps / self._root(group, age)
+        step = torch.full((), age, dtype=torch.float32, device=params[0].device)
+        torch._fused_adamw_(
+            params,
+            batch.small,
+            means,
+            squares,
+            [],
+            [step] * len(params),
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    @staticmethod
+    def _first(group: dict[str, Any], age: float) -> float:
+        return float(1.0 - group["betas"][0] ** age)
+
+    @staticmethod
+    def _root(group: dict[str, Any], age: float) -> float:
+        return math.sqrt(1.0 - group["betas"][1] ** age)
+
+    def _size(self, group: dict[str, Any], age: float) -> float:
+        lr = float(group["lr"])
+        if self.eps_mode == "corrected" or not group.get("correct_bias", True):
+            return lr
+        return lr * self._root(group, age) / self._first(group, age)
+
+    def _by_foreach(
+        self, batch: Batch, means: list[Tensor], squares: list[Tensor]
+    ) -> float | Tensor:
+        """The same in tensor arithmetic, where the age or the skip is known to the device only."""
+        group, skip = batch.group, batch.skip
+        b1, b2 = group["betas"]
+        keep1: float | Tensor = 1.0 - b1
+        keep2: float | Tensor = 1.0 - b2
+        if skip is not None:
+            keep1, keep2 = keep1 * ~skip, keep2 * ~skip
+        sizes: list[float | Tensor] = []
+        for mean, square, small, out, age in zip(
+            means, squares, batch.clean(), batch.direction, batch.ages(), strict=True
+        ):
+            mean.add_((small - mean) * keep1)
+            square.add_((small * small - square) * keep2)
+            first, root = 1.0 - b1**age, (1.0 - b2**age) ** 0.5
+            if self.eps_mode == "corrected":
+                out.copy_((mean / first) / (square.sqrt() / root + group["eps"]))
+            else:
+                out.copy_(mean / (square.sqrt() + group["eps"]))
+            if skip is not None:
+                out.mul_(~skip)
+            sizes.append(root / first)
+        lr = float(group["lr"])
+        if self.eps_mode == "corrected" or not group.get("correct_bias", True):
+            return lr
+        if isinstance(batch.age, Tensor):
+            return torch.stack([torch.as_tensor(size) for size in sizes]) * lr
+        return float(sizes[0]) * lr
+
+    def dense(self, batch: Batch, alpha: float, beta: float) -> bool:
+        """Fused over weights, gradients and moments, where they are plain and of one dtype."""
+        if isinstance(batch.age, Tensor) or batch.weights[0].device.type not in _FUSED_DEVICES:
+            return False
+        means, squares = ([s[k] for s in batch.states] for k in ("exp_avg", "exp_avg_sq"))
+        dtype = batch.weights[0].dtype
+        everything = (*batch.weights, *batch.small, *means, *squares)
+        if not all(t.dtype == dtype and t.is_contiguous() for t in everything):
+            return False
+        age = float(batch.age)
+        step = alpha * self._size(batch.group, age)
+        if step == 0.0 and beta != 1.0:
+            return False
+        lr = step
+        if self.eps_mode == "uncorrected":
+            lr *= self._first(batch.group, age) / self._root(batch.group, age)
+        decay = (1.0 - beta) / lr if lr else 0.0
+        self._kernel(batch, batch.weights, means, squares, lr=lr, decay=decay)
+        return True
+
+    def reset(self, state: State) -> None:
+        """Zero both moments."""
+        self.moments.reset(state)
+
+    def on_first_moment(self, state: State, change: Callable[[Tensor], None]) -> None:
+        """Edit ``exp_avg``."""
+        self.moments.edit(state, "exp_avg", change)
