@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,9 @@ def demo(
     Five to eight minutes on two cores; under one when run again. Ends with a table, and
     fullrank-demo/report.html to open.
     """
+    # Every length of text makes oneDNN keep kernels of its own, a thousand of them by default:
+    # some 300 MB. It reads this at the first product of matrices.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from rich.console import Console
 
     from fullrank.core.errors import InputError

@@ -42,8 +42,8 @@ class Distillation:
     batch_size, max_length, tokenizer
         Of texts; see :class:`~fullrank.compress.Batches`.
     autocast
-        What the student computes in while it trains, e.g. ``torch.bfloat16`` where the hardware
-        multiplies it natively; None leaves it as it is.
+        What both models compute in meanwhile, e.g. ``torch.bfloat16`` where the hardware
+        multiplies it natively; None leaves them as they are.
     seed
         Of the order of batches.
     progress
@@ -132,8 +132,7 @@ class Distillation:
                 if not order:
                     shuffle = torch.randperm(len(self._train), generator=generator)
                     order = [self._train[i] for i in shuffle.tolist()]
-                with self._precision(student):
-                    loss = self._loss(student, order.pop())
+                loss = self._loss(student, order.pop())
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -145,12 +144,13 @@ class Distillation:
         mask = attention_mask(batch)
         target = self._targets.get(index)
         if target is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._precision(self.teacher):
                 target = output_of(call(self.teacher, batch), mask)
             # Worth keeping only where it is small: one row a text, not one a token.
             if not target.logits:
                 self._targets[index] = target
-        output = output_of(call(student, batch), mask)
+        with self._precision(student):
+            output = output_of(call(student, batch), mask)
         if output.logits:
             return nn.functional.kl_div(
                 output.value.float().log_softmax(-1),

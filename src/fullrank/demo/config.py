@@ -51,14 +51,14 @@ class DemoConfig:
     every: bool = False
     size: int | None = 3500
     quick: bool = False
-    tokens: int = 128
+    tokens: int = 96
     seconds: float | None = 150.0
     max_steps: int | None = None
     floor: float = 0.97
     candidates: int = 2
-    recovery_steps: int = 160
+    recovery_steps: int = 112
     recovery: int = 2000
-    calibration: int = 400
+    calibration: int = 320
     uniform: tuple[float, ...] = field(default=(0.9, 0.75))
     seed: int = 0
 

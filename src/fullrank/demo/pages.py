@@ -164,7 +164,7 @@ def _shrinking(outcome: Outcome) -> Section:
         .picture(
             chart,
             "Every point as measured on the dev queries; bars reach down to the lower end of the "
-            "one-sided 95 % interval, which has to stay at or above the floor.",
+            "one-sided 99 % interval, which has to stay at or above the floor.",
         )
         .table(found.table())
         .text(

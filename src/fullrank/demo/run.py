@@ -134,7 +134,7 @@ def _run(config: DemoConfig, out: Path, clock: Clock, progress: bool) -> Outcome
         clock.note(
             f"{'' if chosen.holds else 'no plan measured holds the floor; the closest '}"
             f"keeps {chosen.kept:.1%} of the linear parameters and {chosen.ratio:.2%} of dev "
-            f"nDCG@10 (lower end {chosen.lower:.2%})"
+            f"nDCG@10 (99 % lower end {chosen.lower:.2%})"
         )
         floor, decidable = steps.confirm_floor(
             config, data, tuned.encoder.model, found.model, encoding

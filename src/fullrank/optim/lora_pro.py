@@ -107,6 +107,7 @@ class LoRAPro(FullrankOptimizer):
     {'step': (), 'unseen': (), 'exp_avg': (6, 8), 'exp_avg_sq': (6, 8)}
     """
 
+    separable: ClassVar[bool] = False  # a pair's two factors are stepped together
     checks: ClassVar[dict[str, valid.Check]] = {
         "lr": valid.at_least(0.0),
         "optimizer": valid.one_of("adamw", "sgd"),

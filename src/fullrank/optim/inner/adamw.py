@@ -115,16 +115,12 @@ class AdamW:
         """The same in tensor arithmetic, where the age or the skip is known to the device only."""
         group, skip = batch.group, batch.skip
         b1, b2 = group["betas"]
-        keep1: float | Tensor = 1.0 - b1
-        keep2: float | Tensor = 1.0 - b2
-        if skip is not None:
-            keep1, keep2 = keep1 * ~skip, keep2 * ~skip
         sizes: list[float | Tensor] = []
         for mean, square, small, out, age in zip(
             means, squares, batch.clean(), batch.direction, batch.ages(), strict=True
         ):
-            mean.add_((small - mean) * keep1)
-            square.add_((small * small - square) * keep2)
+            mean.add_((small - mean) * batch.unless(1.0 - b1, mean))
+            square.add_((small * small - square) * batch.unless(1.0 - b2, square))
             first, root = 1.0 - b1**age, (1.0 - b2**age) ** 0.5
             if self.eps_mode == "corrected":
                 out.copy_((mean / first) / (square.sqrt() / root + group["eps"]))
