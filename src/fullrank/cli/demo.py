@@ -42,9 +42,9 @@ def demo(
     Five to eight minutes on two cores; under one when run again. Ends with a table, and
     fullrank-demo/report.html to open.
     """
-    # Every length of text makes oneDNN keep kernels of its own, a thousand of them by default:
-    # some 300 MB. It reads this at the first product of matrices.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # Every length of text makes oneDNN keep kernels of its own, 1,024 of them by default: these are
+    # 300 MB. A forward pass of the shrunk model needs some 100 of them at a time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from rich.console import Console
 
     from fullrank.core.errors import InputError
