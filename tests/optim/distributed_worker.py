@@ -3,6 +3,7 @@
 python distributed_worker.py FOLDER RANK PROCESSES TASK [CASE ...]
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,11 @@ def main():
     meeting = f"file://{folder}/meeting-{task}-{processes}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     globals()[f"task_{task}"](folder, rank, processes, cases)
+    dist.barrier()
     dist.destroy_process_group()
+    # Gloo's threads may outlive the group and abort an interpreter that takes itself apart.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
