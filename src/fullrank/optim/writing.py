@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from fullrank.optim.outside import Move
 from fullrank.optim.rounding import stochastic_round_
 from fullrank.optim.seeds import generator_for
 from fullrank.optim.sharded import is_sharded, local, scatter_
+from fullrank.optim.whole import Identity
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -56,11 +58,16 @@ class Writer:
         Fresh memory for each would cost more than the work that is done in it: the system hands
         out pages of zeros one by one.
         """
-        sizes = [m.slot.small_size for m in members]
+        # The whole of a sharded parameter is, here, this process' part of it.
+        shapes = [
+            m.grad.shape if isinstance(m.slot.subspace, Identity) else m.slot.small_shape
+            for m in members
+        ]
+        sizes = [math.prod(shape) for shape in shapes]
         device, dtype = members[0].weight.device, members[0].slot.moments_dtype
         whole = self._buffer(name, device, dtype, sum(sizes))
         parts = torch.split(whole, sizes)
-        return [part.view(m.slot.small_shape) for part, m in zip(parts, members, strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _buffer(self, name: str, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
         key = (name, device, dtype)
