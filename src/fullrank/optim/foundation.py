@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
 from fullrank.optim.checks import Check, check_group, one_of
-from fullrank.optim.gradients import NonFinite, Verdict, host_decides, judge
+from fullrank.optim.gradients import NonFinite, Verdict, check_dense, host_decides, judge
 from fullrank.optim.resume import restored
 from fullrank.optim.sharded import is_sharded, zeros
 
@@ -306,11 +306,7 @@ class FullrankOptimizer(Optimizer):
     def _entry(self, g: int, i: int, param: Tensor) -> Entry:
         grad, group = param.grad, self.param_groups[g]
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise InputError(
-                f"{self._name(g, i)} has a sparse gradient; use a dense one "
-                "(sparse=False in nn.Embedding) or torch.optim.SparseAdam for it"
-            )
+        check_dense(grad, lambda: self._name(g, i))
         return Entry(param, grad, group, (g, i), self.state_of(param, group))
 
     def _take(self, entries: list[Entry]) -> None:

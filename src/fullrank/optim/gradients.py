@@ -62,6 +62,15 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def check_dense(grad: Tensor, name: Callable[[], str]) -> None:
+    """Raise :class:`~fullrank.core.InputError` on a sparse gradient; ``name`` says whose."""
+    if grad.layout != torch.strided:
+        raise InputError(
+            f"{name()} has a sparse gradient; use a dense one "
+            "(sparse=False in nn.Embedding) or torch.optim.SparseAdam for it"
+        )
+
+
 def judge(
     grads: Sequence[Tensor],
     due: Sequence[bool],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
 from fullrank.optim.foundation import FullrankOptimizer
-from fullrank.optim.gradients import NonFinite, judge
+from fullrank.optim.gradients import NonFinite, check_dense, judge
 from fullrank.optim.mkor_factors import Rule, sm_update
 from fullrank.optim.mkor_layers import Exclude, Hooks, find_layers
 from fullrank.optim.mkor_reduce import mean_over_ranks, world
@@ -278,11 +279,7 @@ class MKOR(Optimizer):
                 loss = closure()
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         for param in params:
-            if param.grad.layout != torch.strided:
-                raise InputError(
-                    f"{self._name(param)} has a sparse gradient; "
-                    "use a dense one (sparse=False in nn.Embedding)"
-                )
+            check_dense(param.grad, partial(self._name, param))
         verdict = judge(
             [p.grad for p in params],
             [False] * len(params),
