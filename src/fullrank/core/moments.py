@@ -35,6 +35,7 @@ class Moments:
             raise InputError(f"vectors of width {width}; it must be at least 1")
         self.count = 0
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        # Its lower triangle; above it, some of the sums are there and some are not.
         self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     @property
@@ -72,7 +73,8 @@ class Moments:
             raise InputError("a batch holds NaN or infinite values; the moments are unchanged")
         self.count += x.shape[0]
         self.sum += total
-        self.second.addmm_(x.T, x)
+        for band in _bands(self.width):
+            self.second[band, : band.stop].addmm_(x[:, band].T, x[:, : band.stop])
 
     def merge(self, other: Moments) -> None:
         """Add what another instance has seen, e.g. on another shard."""
@@ -103,7 +105,7 @@ class Moments:
     def second_moment(self) -> Tensor:
         """(d, d) uncentred second moment, divided by the count."""
         self._check_seen()
-        return (self.second + self.second.T) / (2 * self.count)
+        return (self.second.tril() + self.second.tril(-1).T) / self.count
 
     @property
     def covariance(self) -> Tensor:
@@ -127,3 +129,13 @@ class Moments:
         self.count = int(state["count"])
         self.sum.copy_(state["sum"])
         self.second.copy_(state["second"])
+
+
+def _bands(width: int) -> list[slice]:
+    """Rows to sum at a time, each with the columns up to its own: a third less than all of both.
+
+    >>> _bands(10), len(_bands(384))
+    ([slice(0, 10, None)], 4)
+    """
+    height = -(-width // 4) if width >= 256 else width
+    return [slice(start, min(start + height, width)) for start in range(0, width, height)]

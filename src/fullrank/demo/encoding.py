@@ -40,9 +40,13 @@ class CachedEncoder(Encoder):
         digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         key = self._cache.key("vectors", self.fingerprint, kind, len(texts), digest)
         encode = super().encode
-        vectors = self._cache.array(key, lambda: encode(texts, kind=kind, progress=progress))
-        give_back_memory()
-        return vectors
+
+        def make() -> Vectors:
+            vectors = encode(texts, kind=kind, progress=progress)
+            give_back_memory()
+            return vectors
+
+        return self._cache.array(key, make)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from fullrank.core.progress import progress
@@ -33,12 +35,27 @@ def read_packages(packages: Sequence[Package], *, bar: bool = False) -> list[Doc
         Whether to show a progress bar.
     """
     found: dict[str, Documented] = {}
-    with progress("read sources", len(packages), enabled=bar, unit="packages") as advance:
+    with (
+        progress("read sources", len(packages), enabled=bar, unit="packages") as advance,
+        _without_cycle_search(),
+    ):
         for package in packages:
             for document in _documents(package):
                 found.setdefault(document.title, document)
             advance(1)
     return [found[title] for title in sorted(found)]
+
+
+@contextmanager
+def _without_cycle_search() -> Iterator[None]:
+    """Let Python not look for cyclic garbage: a quarter of the time, and syntax trees have none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _documents(package: Package) -> Iterator[Documented]:
