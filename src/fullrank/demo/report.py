@@ -87,7 +87,9 @@ class Section:
 def _item(hit: Hit) -> str:
     mark = ' class="hit"' if hit.relevant else ""
     label = '<span class="sr"> (judged relevant)</span>' if hit.relevant else ""
-    return f"<li{mark}>{html.escape(hit.title)}{label}</li>"
+    # Long dotted names break at their dots rather than anywhere.
+    title = html.escape(hit.title).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return f"<li{mark}>{title}{label}</li>"
 
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
@@ -125,8 +127,9 @@ caption{text-align:left;padding-bottom:.35rem}
 th,td{padding:.35rem .8rem;text-align:left;border-bottom:1px solid var(--line);
 white-space:nowrap}thead th{color:var(--dim);font-weight:600}
 .num{text-align:right;font-variant-numeric:tabular-nums}
-figure{margin:1.25rem 0;max-width:46rem;overflow-x:auto}figure svg{max-width:100%;height:auto}
-.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}
+figure{display:inline-block;vertical-align:top;width:34rem;max-width:100%;
+margin:1.25rem .5rem 0 0;overflow-x:auto}figure svg{max-width:100%;height:auto}
+.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.75rem}
 .columns>div{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;min-width:0}
 ol{margin:.25rem 0;padding-left:1.4rem;font-size:.875rem}
 li{overflow-wrap:anywhere}li.hit{color:var(--mark);font-weight:600}
