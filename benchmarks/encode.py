@@ -1,6 +1,6 @@
 """Documents encoded per second, and what that does to the ranking.
 
-    python benchmarks/encode.py                  # 4,000 documents of Vaswani, 5 rounds, quality
+    python benchmarks/encode.py                  # 1,000 documents of Vaswani, 5 rounds, quality
     python benchmarks/encode.py --quick          # one short round, no quality
 
 The same model and texts on the same cores, each way in its own process time and wall time, in
@@ -34,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default=DEFAULT_ENCODER)
     parser.add_argument("--data", default="vaswani", help="vaswani, cranfield, pydocs, a folder")
-    parser.add_argument("--documents", type=int, default=4000, help="to time; evenly spread")
+    parser.add_argument("--documents", type=int, default=1000, help="to time; evenly spread")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-quality", action="store_true", help="leave nDCG@10 out")

@@ -93,8 +93,9 @@ def _sampled(weight: Weight, seed: int) -> MatrixSpectrum:
     coarse = measures(Spectrum(found.coarse.cpu().numpy()))
     margins = {
         # Chance, what more Lanczos steps would still change, and the leading values' own error.
+        # On steep spectra as much may be ahead as the last doubling of the steps has changed.
         name: _STUDENT * _jackknife([r[name] for r in replicates])
-        + abs(value - coarse[name])
+        + 2 * abs(value - coarse[name])
         + _LEADING * value
         for name, value in measures(spectrum).items()
     }
