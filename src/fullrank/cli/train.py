@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fullrank.cli.train_lm import lm
 from fullrank.core.errors import InputError
 from fullrank.core.models import DEFAULT_ENCODER, find_model
 
@@ -17,6 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Train a model in little memory.")
 @app.callback()
 def train() -> None:
     """Train a model in little memory."""
+
+
+app.command("lm")(lm)
 
 
 @app.command()

@@ -93,7 +93,7 @@ def _training(outcome: Outcome) -> Section:
         f"{history.stopped}.",
     ).picture(
         line_chart(
-            [Series("RankMe", at, [e.rankme for e in evaluations])],
+            [Series("RankMe", at, [e.rankme or 0.0 for e in evaluations])],
             x_label="optimizer step",
             y_label="RankMe",
         ),

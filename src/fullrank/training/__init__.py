@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from fullrank.training.config import EncoderTraining as EncoderTraining
     from fullrank.training.encoder import train_encoder as train_encoder
     from fullrank.training.history import TrainingHistory as TrainingHistory
+    from fullrank.training.lm import TrainedLM as TrainedLM
+    from fullrank.training.lm import train_lm as train_lm
+    from fullrank.training.lm_config import LMTraining as LMTraining
+    from fullrank.training.lm_optimizers import make_optimizer as make_optimizer
+    from fullrank.training.lm_optimizers import optimizer_names as optimizer_names
     from fullrank.training.optimizers import StateMemory as StateMemory
     from fullrank.training.optimizers import build_optimizer as build_optimizer
     from fullrank.training.pairs import TrainingPairs as TrainingPairs
@@ -20,6 +25,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "EncoderTraining": "config",
         "train_encoder": "encoder",
+        "LMTraining": "lm_config",
+        **dict.fromkeys(["TrainedLM", "train_lm"], "lm"),
+        **dict.fromkeys(["make_optimizer", "optimizer_names"], "lm_optimizers"),
         "TrainedEncoder": "results",
         "TrainingHistory": "history",
         **dict.fromkeys(["StateMemory", "build_optimizer"], "optimizers"),

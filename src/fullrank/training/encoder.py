@@ -171,7 +171,7 @@ class _Training:
 
     def run(self, progress: bool) -> TrainedEncoder:
         """Train, keep the best weights, count memory."""
-        from fullrank.training.trainer import load_weights
+        from fullrank.training.loop import load_weights
 
         config, model = self.config, self.model
         on_cpu = model.device.type == "cpu"
@@ -228,7 +228,8 @@ class _Training:
         )
 
         from fullrank.retrieval import Encoder
-        from fullrank.training.trainer import EncoderTrainer, Loop, PairSampler
+        from fullrank.training.loop import Loop
+        from fullrank.training.trainer import EncoderTrainer, PairSampler
 
         config, model = self.config, self.model
         box = TimeBox(self.steps, config.seconds, warmup=config.warmup, decay=config.decay)
@@ -241,7 +242,7 @@ class _Training:
         )
         loop = Loop(
             box,
-            self.dev,
+            self.dev.measure,
             TrainingHistory(self.dev.name),
             loss,
             evaluations=config.evaluations,

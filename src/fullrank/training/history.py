@@ -22,11 +22,11 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """One evaluation: the development metric, RankMe of the documents' vectors, what it cost."""
+    """One evaluation: the development metric, RankMe of embeddings (None without), its cost."""
 
     step: int
     metric: float
-    rankme: float
+    rankme: float | None
     seconds: float
     took: float
 
@@ -43,6 +43,8 @@ class TrainingHistory:
         In order.
     stopped
         Why it ended: ``"time"``, ``"steps"``, ``"patience"``, or ``""`` while it runs.
+    lower_is_better
+        Whether the metric is a loss.
 
     Examples
     --------
@@ -57,17 +59,22 @@ class TrainingHistory:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     stopped: str = ""
+    lower_is_better: bool = False
 
     @property
     def best(self) -> EvaluationRecord | None:
         """The first of the best evaluations; None before there is one."""
-        return max(self.evaluations, key=lambda e: e.metric, default=None)
+        sign = -1 if self.lower_is_better else 1
+        return max(self.evaluations, key=lambda e: sign * e.metric, default=None)
 
     @property
     def gain(self) -> float:
-        """Best development metric minus that before training."""
+        """By how much the best development metric is better than that before training."""
         best = self.best
-        return 0.0 if best is None else best.metric - self.evaluations[0].metric
+        if best is None:
+            return 0.0
+        gain = best.metric - self.evaluations[0].metric
+        return -gain if self.lower_is_better else gain
 
     @property
     def since_best(self) -> int:
@@ -91,10 +98,12 @@ class TrainingHistory:
         for e in self.evaluations:
             losses = [s.loss for s in self.steps if before < s.step <= e.step]
             mean = sum(losses) / len(losses) if losses else None
-            rows.append([e.step, e.seconds, mean, e.metric, e.rankme])
+            row = [e.step, e.seconds, mean, e.metric]
+            rows.append(row if e.rankme is None else [*row, e.rankme])
             before = e.step
+        columns = ["step", "seconds", "loss", f"dev {self.metric}", "RankMe"]
         return Table(
-            ["step", "seconds", "loss", f"dev {self.metric}", "RankMe"],
+            columns[: len(rows[0])] if rows else columns,
             rows,
             title="Training",
             formats={"seconds": ".0f", "loss": ".3f", f"dev {self.metric}": ".4f", "RankMe": ".1f"},
@@ -112,4 +121,5 @@ class TrainingHistory:
             steps=[StepRecord(**s) for s in values["steps"]],
             evaluations=[EvaluationRecord(**e) for e in values["evaluations"]],
             stopped=values["stopped"],
+            lower_is_better=values.get("lower_is_better", False),
         )

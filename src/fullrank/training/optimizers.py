@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fullrank.core.names import named_linears
 from fullrank.core.table import Cell, Table
+from fullrank.optim.memory import state_bytes
 from fullrank.training.config import EncoderTraining
 
 # AdamW keeps two float32 moments a number.
@@ -71,24 +72,6 @@ def build_optimizer(model: nn.Module, config: EncoderTraining) -> torch.optim.Op
 def _linear_weights(model: nn.Module) -> Iterator[Tensor]:
     for _, module in named_linears(model):
         yield module.weight  # type: ignore[misc]
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state.
-
-    >>> parameter = nn.Parameter(torch.ones(10))
-    >>> optimizer = torch.optim.AdamW([parameter])
-    >>> parameter.sum().backward()
-    >>> _ = optimizer.step()
-    >>> state_bytes(optimizer) - 4  # without the step count
-    80
-    """
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ class TrainedEncoder:
             "gain": self.history.gain,
             "tokens_per_second": self.history.tokens_per_second,
             "memory": self.memory.to_json(),
-            "versions": {name: _version(name) for name in _LIBRARIES},
+            "versions": versions(),
         }
 
 
@@ -102,19 +103,38 @@ def load_result(folder: Path, identity: dict[str, Any], config: EncoderTraining)
 
 def save_result(trained: TrainedEncoder, folder: Path, identity: dict[str, Any]) -> None:
     """Put the model in place file by file, then say that it is whole, then drop checkpoints."""
+
+    def write(staging: Path) -> None:
+        trained.model.save_pretrained(str(staging), create_model_card=False)
+
+    put_in_place(folder, write, {**trained.to_json(), "identity": identity}, last="modules.json")
+
+
+def put_in_place(
+    folder: Path, write: Callable[[Path], None], values: dict[str, Any], last: str
+) -> None:
+    """Write a model aside, move it into its folder, say that it is whole, drop checkpoints.
+
+    ``last`` is the file without which nothing loads the model.
+    """
     (folder / RESULT).unlink(missing_ok=True)
     staging = folder / _SAVING
     shutil.rmtree(staging, ignore_errors=True)
-    trained.model.save_pretrained(str(staging), create_model_card=False)
-    for path in sorted(staging.iterdir(), key=lambda p: p.name == "modules.json"):
+    staging.mkdir(parents=True)
+    write(staging)
+    for path in sorted(staging.iterdir(), key=lambda p: p.name == last):
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
     staging.rmdir()
-    text = json.dumps({**trained.to_json(), "identity": identity}, indent=1)
-    atomic_write(folder / RESULT, text.encode())
+    atomic_write(folder / RESULT, json.dumps(values, indent=1).encode())
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run was made with."""
+    return {name: _version(name) for name in _LIBRARIES}
 
 
 def _version(library: str) -> str:

@@ -1,0 +1,228 @@
+"""`Texts`: plain texts in parts, to train language models on, and the readers that make them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fullrank.core.errors import InputError, require
+
+PARTS = ("train", "dev", "test")
+# Of a text that comes without parts, what is kept to measure on.
+_HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents to model the language of, divided into parts.
+
+    Attributes
+    ----------
+    name
+        What it is called.
+    parts
+        ``"train"`` and ``"dev"``, often ``"test"`` too; each a sequence of documents.
+    manifest
+        Where it came from, counts, and the SHA-256 of all of it.
+
+    Raises
+    ------
+    InputError
+        When a part is empty.
+
+    Examples
+    --------
+    >>> texts = Texts.divided("notes", ["abc " * 100])
+    >>> {part: texts.size(part) for part in texts.parts}
+    {'train': 360, 'dev': 20, 'test': 20}
+    """
+
+    name: str
+    parts: Mapping[str, tuple[str, ...]]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for part, documents in self.parts.items():
+            if not any(documents):
+                raise InputError(f"the {part} part of {self.name} is empty; more text is needed")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {self.size(part):,}" for part in self.parts)
+        return f"Texts({self.name}: bytes in {sizes})"
+
+    def size(self, part: str) -> int:
+        """UTF-8 bytes of a part."""
+        return sum(len(text.encode()) for text in self.parts[part])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all parts."""
+        digest = hashlib.sha256()
+        for part in sorted(self.parts):
+            digest.update(json.dumps([part, *self.parts[part]]).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def divided(cls, name: str, documents: Sequence[str], **manifest: Any) -> Texts:
+        """Divide documents without parts: the last tenth of each is held out, half for dev.
+
+        A text that runs on is cut, rather than drawn from: neighbouring passages are too alike.
+        """
+        parts: dict[str, list[str]] = {part: [] for part in PARTS}
+        for text in documents:
+            held = int(len(text) * _HELD_OUT)
+            cuts = [0, len(text) - 2 * held, len(text) - held, len(text)]
+            for part, start, stop in zip(PARTS, cuts[:-1], cuts[1:], strict=True):
+                if stop > start:
+                    parts[part].append(text[start:stop])
+        return cls(name, {part: tuple(texts) for part, texts in parts.items()}, manifest)
+
+
+def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
+    """Read texts to train a language model on.
+
+    Parameters
+    ----------
+    source
+        ``"python_source"`` (the built-in one, see :func:`~fullrank.datasets.python_source`);
+        ``"tinyshakespeare"``, ``"wikitext-2"`` or ``"gsm8k"`` from the folder that the
+        environment variable ``FULLRANK_DATA`` names; a text or JSONL file; a folder with
+        ``train``, ``dev`` and ``test`` files, or with any text files; or a data set of the
+        Hugging Face hub as ``hf:NAME`` or ``hf:NAME:CONFIG``.
+    field_name
+        Field of a JSONL line, or column of a data set, that holds the text.
+
+    Raises
+    ------
+    InputError
+        When there is no such source, or no text in it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+    >>> _ = path.write_text("All's well that ends well. " * 20)
+    >>> read_texts(path)
+    Texts(notes: bytes in train 486, dev 27, test 27)
+    """
+    name = str(source)
+    if name == "python_source":
+        from fullrank.datasets.python_source import python_source
+
+        return python_source()
+    if name in _COLLECTIONS and not Path(source).exists():
+        return _COLLECTIONS[name](_data_folder(name))
+    if name.startswith("hf:"):
+        return _from_hub(name.removeprefix("hf:"), field_name)
+    path = Path(source)
+    if path.is_file():
+        return Texts.divided(path.stem, _documents(path, field_name), source=path.name)
+    if path.is_dir():
+        return _from_folder(path, field_name)
+    raise InputError(
+        f"no texts at {name!r}; expected python_source, {', '.join(_COLLECTIONS)}, a text or JSONL "
+        "file, a folder of them, or hf:NAME"
+    )
+
+
+def _documents(path: Path, field_name: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text (byte {error.start}); convert it") from error
+    if path.suffix != ".jsonl":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field_name]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"line {number} of {path} is no JSON object with a field {field_name!r}"
+            ) from error
+        documents.append(str(value))
+    return documents
+
+
+def _from_folder(folder: Path, field_name: str) -> Texts:
+    named: dict[str, tuple[str, ...]] = {}
+    stems = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+    for stem, part in stems.items():
+        for path in sorted(folder.glob(f"{stem}.*")):
+            named.setdefault(part, tuple(_documents(path, field_name)))
+    if {"train", "dev"} <= named.keys():
+        return Texts(folder.name, named, {"source": folder.name})
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".txt", ".md", ".jsonl", ".py")]
+    documents = [text for path in files for text in _documents(path, field_name)]
+    if not documents:
+        raise InputError(f"{folder} holds no .txt, .md, .jsonl or .py file")
+    return Texts.divided(folder.name, documents, source=folder.name)
+
+
+def _from_hub(name: str, column: str) -> Texts:
+    library = require("datasets", extra="hf")
+    path, _, config = name.partition(":")
+    try:
+        loaded = library.load_dataset(path, config or None)
+    except Exception as error:
+        raise InputError(f"the data set {name!r} cannot be loaded: {error}") from error
+    found: dict[str, tuple[str, ...]] = {}
+    splits = {"train": "train", "validation": "dev", "dev": "dev", "test": "test"}
+    for split, part in splits.items():
+        if split in loaded:
+            if column not in loaded[split].column_names:
+                raise InputError(
+                    f"{name} has no column {column!r}, but {loaded[split].column_names}"
+                )
+            found.setdefault(part, tuple(map(str, loaded[split][column])))
+    if "dev" in found and "train" in found:
+        return Texts(path, found, {"source": f"hf:{name}"})
+    return Texts.divided(path, found.get("train", ()), source=f"hf:{name}")
+
+
+def _data_folder(name: str) -> Path:
+    data = os.environ.get("FULLRANK_DATA")
+    if not data:
+        raise InputError(
+            f"{name} is not part of the package: set the environment variable FULLRANK_DATA to the "
+            "folder that holds it, or give a file"
+        )
+    return Path(data)
+
+
+def _shakespeare(data: Path) -> Texts:
+    return read_texts(data / "tinyshakespeare.txt")
+
+
+def _wikitext(data: Path) -> Texts:
+    """Its training part is not there: the validation text is divided, the test text kept."""
+    documents = _documents(data / "wikitext-2" / "valid.txt", "text")
+    divided = Texts.divided("wikitext-2", documents, source="wikitext-2")
+    test = tuple(_documents(data / "wikitext-2" / "test.txt", "text"))
+    return Texts("wikitext-2", {**divided.parts, "test": test}, divided.manifest)
+
+
+def _gsm8k(data: Path) -> Texts:
+    def read(name: str) -> tuple[str, ...]:
+        lines = (data / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return tuple(f"Question: {row['question']}\nAnswer: {row['answer']}\n" for row in rows)
+
+    train = read("train")
+    held = len(train) // 20
+    parts = {"train": train[:-held], "dev": train[-held:], "test": read("test")}
+    return Texts("gsm8k", parts, {"source": "gsm8k"})
+
+
+_COLLECTIONS: dict[str, Callable[[Path], Texts]] = {
+    "tinyshakespeare": _shakespeare,
+    "wikitext-2": _wikitext,
+    "gsm8k": _gsm8k,
+}

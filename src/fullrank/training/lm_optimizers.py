@@ -1,0 +1,223 @@
+"""Every optimizer by name, over the body and the head of a language model.
+
+The body is the weight matrices inside the blocks; the head is everything else (embeddings, the
+output layer, norms, biases). Each has its own learning rate with every optimizer, so that runs of
+different ones compare.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fullrank import optim
+from fullrank.core.errors import InputError
+from fullrank.training.lm_config import OptimizerSection
+
+Groups = list[dict[str, Any]]
+# GaLore's and LIFT's default.
+_RANK = 128
+Build = Callable[[nn.Module, Groups, OptimizerSection], torch.optim.Optimizer]
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """Return the optimizer that a run's section names, over what is trainable in the model.
+
+    Raises
+    ------
+    InputError
+        When there is none of that name, it does not take one of the options, or has no rank.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    >>> section = OptimizerSection(name="galore_adamw", lr=0.01, head_lr=0.001, rank=2)
+    >>> [(g["lr"], g["rank"]) for g in make_optimizer(model, section).param_groups]
+    [(0.01, [2]), (0.001, None)]
+    """
+    build = _BUILDERS.get(section.name)
+    if build is None:
+        raise InputError(f"no optimizer {section.name!r}; there are {', '.join(optimizer_names())}")
+    if section.rank is not None and section.name not in _RANKED:
+        raise InputError(f"{section.name} has no rank; those with one are {', '.join(_RANKED)}")
+    try:
+        return build(model, body_and_head(model, section), section)
+    except TypeError as error:
+        raise InputError(f"optimizer.options of {section.name}: {error}") from error
+
+
+def optimizer_names() -> list[str]:
+    """Return the names that :func:`make_optimizer` knows.
+
+    >>> "muon" in optimizer_names()
+    True
+    """
+    return sorted(_BUILDERS)
+
+
+def body_and_head(model: nn.Module, section: OptimizerSection) -> Groups:
+    """Sort trainable parameters into weight matrices of the blocks, and all others."""
+    groups = optim.frugal_param_groups(model)
+    body = {id(p) for p in groups[0]["params"]} if groups.projected else set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head_lr = section.lr if section.head_lr is None else section.head_lr
+    found = [
+        {
+            "params": [p for p in trained if id(p) in body],
+            "lr": section.lr,
+            "weight_decay": section.weight_decay,
+        },
+        {"params": [p for p in trained if id(p) not in body], "lr": head_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in found if group["params"]]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, each over parameters of its own.
+
+    Examples
+    --------
+    >>> a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    >>> both = Together(torch.optim.SGD([a], lr=0.1), torch.optim.SGD([b], lr=0.2))
+    >>> [group["lr"] for group in both.param_groups]
+    [0.1, 0.2]
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([g for part in parts for g in part.param_groups], {})
+        self.parts = parts
+        # The very groups of the parts: what a schedule writes there is what they read.
+        self.param_groups = [g for part in parts for g in part.param_groups]
+
+    def step(self, closure: Any = None) -> Any:
+        """Step each."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        for part in self.parts:
+            self.state.update(part.state)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts' states."""
+        return {
+            "parts": [part.state_dict() for part in self.parts],
+            "state": {},
+            "param_groups": [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [g for part in self.parts for g in part.param_groups]
+
+
+def _torch(kind: Callable[..., torch.optim.Optimizer], **fixed: Any) -> Build:
+    def build(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+        return kind(groups, **{**fixed, **section.options})
+
+    return build
+
+
+def _muon(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+    """Muon on the body's matrices, AdamW on the head, as its authors do."""
+    matrices = [g for g in groups if all(p.ndim == 2 for p in g["params"])][:1]
+    rest = [g for g in groups if g not in matrices]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, **section.options))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, fused=True))
+    return Together(*parts)
+
+
+def _projected(kind: Any, **fixed: Any) -> Build:
+    """An optimizer with a rank: the body's group has it, and the options that a group may have."""
+
+    def build(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+        whole, own = _sorted_options(kind, section.options)
+        rank = section.rank or _RANK
+        body, *rest = groups
+        # No matrix has more; one that narrow is then stepped whole.
+        own["rank"] = [min(rank, *p.shape) for p in body["params"]]
+        if kind is optim.LIFT:
+            own.setdefault("lra_rank", own["rank"])
+        return kind([{**body, **own}, *rest], **{**fixed, **whole})  # type: ignore[no-any-return]
+
+    return build
+
+
+def _frugal(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+    whole, own = _sorted_options(optim.FrugalAdamW, section.options)
+    body, *rest = groups
+    if section.rank is not None:
+        own["rank"] = section.rank
+    return optim.FrugalAdamW([{**body, "is_proj_params": True, **own}, *rest], **whole)
+
+
+def _mkor(kind: Any) -> Build:
+    """MKOR before momentum SGD; the output head over a vocabulary is left out."""
+
+    def build(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+        options = {"exclude": _heads(model), **section.options}
+        momentum = options.pop("momentum", 0.9)
+        inner = functools.partial(torch.optim.SGD, momentum=momentum)
+        return kind(model, inner(groups), **options)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _lora_pro(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+    return optim.LoRAPro(model, lr=section.lr, weight_decay=section.weight_decay, **section.options)
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [output] if isinstance(output, nn.Module) else []
+
+
+def _sorted_options(kind: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the whole optimizer, and those of the body's group."""
+    grouped = set(getattr(kind, "checks", {}))
+    known = set(inspect.signature(kind).parameters)
+    if unknown := set(options) - known - grouped:
+        raise InputError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+    own = {name: value for name, value in options.items() if name in grouped}
+    return {name: value for name, value in options.items() if name not in grouped}, own
+
+
+_BUILDERS: dict[str, Build] = {
+    "adamw": _torch(torch.optim.AdamW, fused=True),
+    "sgd": _torch(torch.optim.SGD, momentum=0.9),
+    "muon": _muon,
+    "galore_adamw": _projected(optim.GaLoreAdamW),
+    "galore_adafactor": _projected(
+        optim.GaLoreAdafactor, lr=1e-3, relative_step=False, scale_parameter=False
+    ),
+    "fira_adamw": _projected(optim.FiraAdamW),
+    "fira_rmsprop": _projected(optim.FiraRMSprop),
+    "frugal_adamw": _frugal,
+    "gradnormlorp_adamw": _projected(optim.GradNormLoRPAdamW),
+    "lift": _projected(optim.LIFT),
+    "adamp": _torch(optim.AdamP),
+    "sgdp": _torch(optim.SGDP, lr=1e-3, momentum=0.9),
+    "mkor": _mkor(optim.MKOR),
+    "mkorh": _mkor(optim.MKORH),
+    "lora_pro": _lora_pro,
+}
+
+_RANKED = (
+    "galore_adamw",
+    "galore_adafactor",
+    "fira_adamw",
+    "fira_rmsprop",
+    "frugal_adamw",
+    "gradnormlorp_adamw",
+    "lift",
+)

@@ -1,0 +1,237 @@
+"""What happens between a trainer's steps, and checkpoints that appear whole or not at all.
+
+Imported only where transformers is there; used by every training loop of this package.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from fullrank.core.errors import InputError
+from fullrank.optim.memory import state_bytes
+from fullrank.training.checkpoints import Progress, publish, write_progress
+from fullrank.training.history import EvaluationRecord, StepRecord, TrainingHistory
+from fullrank.training.schedule import TimeBox
+
+Weights = dict[str, torch.Tensor]
+Measure = Callable[[Any], tuple[float, float | None]]
+"""Model -> development metric, and RankMe where there are embeddings to take it of."""
+
+# Share of a time box that evaluations may take.
+_EVALUATING = 0.2
+
+
+class TokenCount(Protocol):
+    """Something that counts the tokens a model was trained on."""
+
+    tokens: int
+
+
+class Loop(TrainerCallback):  # type: ignore[misc]
+    """What happens between steps: records, evaluations, the best weights, the end.
+
+    Parameters
+    ----------
+    box
+        How far the run is.
+    measure
+        What is measured at each evaluation.
+    history
+        Where it is recorded.
+    counted
+        Counts the tokens.
+    evaluations, patience
+        See :class:`~fullrank.training.EncoderTraining`.
+    saves
+        Whether a checkpoint is written at every evaluation.
+    advance
+        Moves the progress bar by so many percent.
+    interrupted
+        Whether the user wants to stop.
+    """
+
+    def __init__(
+        self,
+        box: TimeBox,
+        measure: Measure,
+        history: TrainingHistory,
+        counted: TokenCount,
+        *,
+        evaluations: int,
+        patience: int | None,
+        saves: bool,
+        advance: Callable[[int], None],
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self.box = box
+        self.measure = measure
+        self.history = history
+        self.counted = counted
+        self.best: Weights = {}
+        self.peak = 0
+        self.began = False
+        self.next_share = 1 / evaluations
+        self.evaluations = evaluations
+        self._patience = patience
+        self._saves = saves
+        self._advance = advance
+        self._interrupted = interrupted
+        self._percent = 0
+        self._step_seconds = 0.0
+
+    def restore(self, progress: Progress, best: Weights) -> None:
+        """Continue where a checkpoint was written."""
+        self.history = progress.history
+        self.best = best
+        self.peak = progress.peak
+        self.next_share = progress.next_share
+        self.evaluations = progress.evaluations
+        self.counted.tokens = progress.tokens
+        self.box.start(progress.elapsed)
+
+    def progress(self, identity: dict[str, Any]) -> Progress:
+        """Return what a checkpoint needs to know of this."""
+        return Progress(
+            identity,
+            elapsed=self.box.elapsed,
+            tokens=self.counted.tokens,
+            peak=self.peak,
+            evaluations=self.evaluations,
+            next_share=self.next_share,
+            history=self.history,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; measure the model as it came."""
+        self.began = True
+        if not self.history.evaluations and not state.global_step:
+            self.box.start()
+            self._evaluate(0, kwargs["model"])
+            self._afford(self.history.evaluations[0].took)
+
+    def _afford(self, took: float) -> None:
+        """Evaluate less often where it would take more than its share of the time."""
+        if self.box.seconds is not None and took > 0:
+            affordable = int(_EVALUATING * self.box.seconds / took) - 1
+            self.evaluations = max(1, min(self.evaluations, affordable))
+            self.next_share = 1 / self.evaluations
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate, save or stop, where it is time to."""
+        step = state.global_step
+        self._step_seconds = self.box.elapsed
+        self.peak = max(self.peak, state_bytes(kwargs["optimizer"]))
+        share = self.box.progress(step)
+        self._show(share)
+        if self._interrupted() and share < 1:
+            control.should_save = self._saves
+            control.should_training_stop = True
+            return
+        if share >= 1:
+            self.history.stopped = "steps" if step >= self.box.max_steps else "time"
+        if share >= self.next_share - 1e-9 or self.history.stopped:
+            self.next_share = (math.floor(share * self.evaluations + 1e-9) + 1) / self.evaluations
+            self._evaluate(step, kwargs["model"])
+            if self._patience is not None and self.history.since_best >= self._patience:
+                self.history.stopped = self.history.stopped or "patience"
+            control.should_save = self._saves and not self.history.stopped
+        control.should_training_stop = bool(self.history.stopped)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep the loss of a step."""
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise InputError(
+                f"training diverged: the loss at step {state.global_step} is {logs['loss']}; "
+                "use a smaller lr"
+            )
+        self.history.steps.append(
+            StepRecord(
+                step=state.global_step,
+                loss=float(logs["loss"]),
+                lr=float(logs["learning_rate"]),
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                seconds=self._step_seconds,
+                tokens=self.counted.tokens,
+            )
+        )
+
+    def _evaluate(self, step: int, model: Any) -> None:
+        began = self.box.elapsed
+        metric, rankme = self.measure(model)
+        took = self.box.elapsed - began
+        self.history.evaluations.append(EvaluationRecord(step, metric, rankme, began, took))
+        best = self.history.best
+        if best is not None and best.step == step:
+            self.best = trainable_weights(model)
+
+    def _show(self, share: float) -> None:
+        percent = int(100 * share)
+        if percent > self._percent:
+            self._advance(percent - self._percent)
+            self._percent = percent
+
+
+def trainable_weights(model: Any) -> Weights:
+    """Copies, on the CPU, of everything that training changes."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def load_weights(model: Any, weights: Weights) -> None:
+    """Write weights that :func:`trainable_weights` took back into a model."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+class WholeCheckpoints:
+    """Mixin for a trainer: checkpoints are written aside, then renamed; they hold no code.
+
+    Parameters
+    ----------
+    loop
+        Our callback.
+    identity
+        What must be the same for a checkpoint to be continued.
+    """
+
+    args: Any
+    state: Any
+
+    def __init__(self, *, loop: Loop, identity: dict[str, Any], **arguments: Any) -> None:
+        self._loop = loop
+        self._identity = identity
+        self._staging: Path | None = None
+        super().__init__(callbacks=[loop], **arguments)  # type: ignore[call-arg]
+        self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = folder / f".writing-{self.state.global_step}"
+        shutil.rmtree(self._staging, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            write_progress(
+                self._staging / name, self._loop.progress(self._identity), self._loop.best
+            )
+            publish(self._staging / name, folder / name)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None

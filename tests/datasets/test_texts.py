@@ -1,0 +1,99 @@
+"""Readers of plain texts, and the corpus of Python sources."""
+
+import json
+
+import pytest
+
+from fullrank.core.errors import InputError
+from fullrank.datasets import python_source, read_texts
+from fullrank.datasets.docstrings.duplicates import near_identical
+from fullrank.datasets.texts import Texts
+
+
+@pytest.fixture(scope="module")
+def source():
+    return python_source(["networkx"], size=600_000)
+
+
+def test_python_source_has_three_parts_of_the_size_asked(source):
+    sizes = {part: source.size(part) for part in source.parts}
+    assert 0.8 * 600_000 < sum(sizes.values()) < 1.1 * 600_000
+    assert sizes["train"] > 0.8 * sum(sizes.values())
+    assert source.manifest["sha256"] == source.fingerprint
+    assert set(source.manifest["packages"]) == {"networkx"}
+
+
+def test_python_source_repeats_itself_and_depends_on_the_seed(source):
+    assert python_source(["networkx"], size=600_000).fingerprint == source.fingerprint
+    assert python_source(["networkx"], size=600_000, seed=1).fingerprint != source.fingerprint
+
+
+def test_near_copies_are_in_one_part(source):
+    files = [(part, text) for part, texts in source.parts.items() for text in texts]
+    assert len({text for _, text in files}) == len(files)
+    for a, b in near_identical([text for _, text in files]):
+        assert files[a][0] == files[b][0]
+
+
+def test_a_text_that_runs_on_is_cut_not_drawn_from():
+    text = "".join(f"{i:04d} " for i in range(200))
+    texts = Texts.divided("numbers", [text])
+    assert "".join(texts.parts[part][0] for part in ("train", "dev", "test")) == text
+
+
+def test_files_and_folders(tmp_path):
+    lines = [json.dumps({"body": f"document {i} " * 20}) for i in range(3)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(lines))
+    assert len(read_texts(tmp_path / "notes.jsonl", field_name="body").parts["train"]) == 3
+    (tmp_path / "parts").mkdir()
+    for part in ("train", "valid", "test"):
+        (tmp_path / "parts" / f"{part}.txt").write_text(f"the {part} text")
+    texts = read_texts(tmp_path / "parts")
+    assert texts.parts == {
+        "train": ("the train text",),
+        "dev": ("the valid text",),
+        "test": ("the test text",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: None, "no texts at"),
+        (lambda p: p.write_bytes(b"\xff\xfe bad"), "no UTF-8"),
+        (lambda p: p.write_text(""), "is empty"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, write, message):
+    path = tmp_path / "notes.txt"
+    write(path)
+    with pytest.raises(InputError, match=message):
+        read_texts(path)
+
+
+def test_jsonl_errors_name_the_line(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"text": "a"}\n{"other": "b"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_texts(path)
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(InputError, match="size"):
+        python_source(size=10)
+    with pytest.raises(InputError, match="no package"):
+        python_source(["no-such-package"])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["tinyshakespeare", "wikitext-2", "gsm8k"])
+def test_collections(name, data_folder):
+    texts = read_texts(name)
+    assert set(texts.parts) == {"train", "dev", "test"}
+    assert texts.size("train") > 5 * texts.size("dev")
+
+
+def test_collections_need_their_folder(monkeypatch):
+    monkeypatch.delenv("FULLRANK_DATA", raising=False)
+    with pytest.raises(InputError, match="FULLRANK_DATA"):
+        read_texts("tinyshakespeare")
