@@ -1,0 +1,15 @@
+"""Train from rewards: what ranks of representations tell a policy, and a critic."""
+
+from typing import TYPE_CHECKING
+
+from fullrank._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from fullrank.rl.beer import BEERRegularizer as BEERRegularizer
+    from fullrank.rl.beer import beer_loss as beer_loss
+    from fullrank.rl.beer import bellman_cosine_bound as bellman_cosine_bound
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    dict.fromkeys(["BEERRegularizer", "beer_loss", "bellman_cosine_bound"], "beer"),
+)
