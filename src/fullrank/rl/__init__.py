@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     from fullrank.rl.beer import BEERRegularizer as BEERRegularizer
     from fullrank.rl.beer import beer_loss as beer_loss
     from fullrank.rl.beer import bellman_cosine_bound as bellman_cosine_bound
+    from fullrank.rl.shaper import RankShaper as RankShaper
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    dict.fromkeys(["BEERRegularizer", "beer_loss", "bellman_cosine_bound"], "beer"),
+    {
+        **dict.fromkeys(["BEERRegularizer", "beer_loss", "bellman_cosine_bound"], "beer"),
+        "RankShaper": "shaper",
+    },
 )

@@ -1,0 +1,192 @@
+"""How the rank of a response's hidden states grows, token by token: VERL's three measures.
+
+The rank of the whole (ER), its velocity (ERV) and its acceleration (ERA) along the tokens
+(arXiv 2509.23808). Prefixes of a response share one Gram matrix, so that a longer prefix costs
+no fresh decomposition of its rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError
+
+# In the official code: beside the sum of singular values, and in the logarithm.
+_EPS = 1e-8
+
+
+class RankDynamics(NamedTuple):
+    """One number a response in each.
+
+    Attributes
+    ----------
+    er
+        ``(B,)`` effective rank of all of a response's hidden states, rows centred; 0 for fewer
+        than two.
+    erv
+        ``(B,)`` velocity: mean of how far each prefix's rank is from the mean of those before it;
+        0 with fewer than two prefixes.
+    era
+        ``(B,)`` acceleration: mean change of that from prefix to prefix; 0 with fewer than three.
+    """
+
+    er: Tensor
+    erv: Tensor
+    era: Tensor
+
+
+@torch.no_grad()
+def rank_dynamics(
+    hidden: Tensor, mask: Tensor | None = None, stride: int = 40, max_tokens: int | None = 512
+) -> RankDynamics:
+    """Effective rank, its velocity and acceleration along each response.
+
+    Parameters
+    ----------
+    hidden
+        ``(B, T, D)`` last-layer states, the row of a token being the state that produced it.
+        Worked on in float64.
+    mask
+        ``(B, T)``, True on a response's tokens, anywhere in the row; None takes all.
+    stride
+        s: prefixes end every so many tokens; 40 (official launch script).
+    max_tokens
+        Velocity and acceleration look at the last so many tokens, 512 in the official code; None
+        at all.
+
+    Returns
+    -------
+    RankDynamics
+        In float64, on the device of ``hidden``.
+
+    Raises
+    ------
+    InputError
+        On other shapes, ``stride`` below 1, or values that are not finite under the mask.
+
+    Examples
+    --------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> hidden = torch.randn(2, 100, 16, generator=generator)
+    >>> found = rank_dynamics(hidden, stride=10)
+    >>> found.er.round(decimals=1).tolist(), bool((found.erv > 0).all())
+    ([15.6, 15.7], True)
+    """
+    hidden, lengths = _packed(hidden, mask, stride, max_tokens)
+    limit = hidden.shape[1] if max_tokens is None else max_tokens
+    er = _ranks(hidden, lengths)
+    kept = lengths.clamp(max=limit)
+    window = _last(hidden, lengths, kept)
+    series, counts = _prefix_ranks(window, kept, stride)
+    return RankDynamics(er, *_differences(series, counts))
+
+
+def _packed(
+    hidden: Tensor, mask: Tensor | None, stride: int, max_tokens: int | None
+) -> tuple[Tensor, Tensor]:
+    """States in float64 with the tokens of each response at the front, and how many there are."""
+    if hidden.ndim != 3 or 0 in hidden.shape or not hidden.is_floating_point():
+        raise InputError(
+            f"hidden states of shape {tuple(hidden.shape)} and {hidden.dtype}; expected floating "
+            "point of (responses, tokens, width)"
+        )
+    if stride < 1 or (max_tokens is not None and max_tokens < 1):
+        raise InputError(f"stride={stride}, max_tokens={max_tokens}; expected at least 1")
+    rows, length = hidden.shape[:2]
+    if mask is None:
+        mask = torch.ones(rows, length, dtype=torch.bool, device=hidden.device)
+    if mask.shape != (rows, length):
+        raise InputError(
+            f"a mask of shape {tuple(mask.shape)} for {rows} responses of {length} tokens"
+        )
+    mask = mask.bool()
+    order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    packed = hidden.double().gather(1, order[..., None].expand_as(hidden))
+    lengths = mask.sum(1)
+    real = torch.arange(length, device=hidden.device) < lengths[:, None]
+    packed = torch.where(real[..., None], packed, 0.0)
+    if not torch.isfinite(packed).all():
+        raise InputError("hidden states hold NaN or infinite values on a response's tokens")
+    return packed[:, : max(int(lengths.max()), 1)], lengths
+
+
+def _last(hidden: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
+    """Move the last ``kept`` of each response's ``lengths`` rows to the front."""
+    most = max(int(kept.max()), 1)
+    start = (lengths - kept)[:, None]
+    at = (start + torch.arange(most, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _ranks(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Effective rank of each response's first ``lengths`` rows; rows behind them are zero."""
+    ranks = hidden.new_zeros(len(hidden))
+    rows = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+    mean = hidden.sum(1) / lengths.clamp_min(1)[:, None]
+    centred = (hidden - mean[:, None]) * rows[..., None]
+    tall = hidden.shape[1] > hidden.shape[2]
+    gram = centred.mT @ centred if tall else centred @ centred.mT
+    many = lengths >= 2
+    ranks[many] = _effective_rank(gram[many])
+    return ranks
+
+
+def _prefix_ranks(window: Tensor, kept: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """``(B, K)`` effective ranks of prefixes, and how many each response has.
+
+    Prefixes end at rows s, 2s, ... below the number of rows; a rest is dropped.
+    """
+    counts = ((kept + stride - 1) // stride - 1).clamp_min(0)
+    ends = [j * stride for j in range(1, int(counts.max()) + 1)]
+    series = window.new_zeros(len(window), len(ends))
+    width = window.shape[2]
+    gram = window @ window.mT
+    scatter = window.new_zeros(len(window), width, width)
+    total = window.new_zeros(len(window), width)
+    done = 0
+    for j, end in enumerate(ends):
+        size = end + 1
+        there = counts > j
+        if size <= width:
+            series[there, j] = _effective_rank(_centred(gram[there, :size, :size]))
+            continue
+        # Wider than it is long no more: the other product is smaller, and has full rank.
+        new = window[:, done:size]
+        scatter, total, done = scatter + new.mT @ new, total + new.sum(1), size
+        mean = total / size
+        moved = scatter - size * mean[:, :, None] * mean[:, None, :]
+        series[there, j] = _effective_rank(moved[there])
+    return series, counts
+
+
+def _centred(gram: Tensor) -> Tensor:
+    """Gram matrix of the rows minus their mean."""
+    by_row = gram.mean(-1, keepdim=True)
+    centred: Tensor = gram - by_row - by_row.mT + by_row.mean(-2, keepdim=True)
+    return centred
+
+
+def _effective_rank(gram: Tensor) -> Tensor:
+    """Effective rank of matrices given by a Gram matrix each, ``(B, n, n)``."""
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = sigma / (sigma.sum(-1, keepdim=True) + _EPS)
+    entropy: Tensor = -(p * (p + _EPS).log()).sum(-1)
+    return entropy.exp()
+
+
+def _differences(series: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and acceleration of each response's series of ranks."""
+    places = torch.arange(1, series.shape[1] + 1, device=series.device)
+    before = (series.cumsum(1) - series) / (places - 1).clamp_min(1)
+    real = (places >= 2) & (places <= counts[:, None])
+    change = torch.where(real, series - before, 0.0)
+    velocity = change.sum(1) / (counts - 1).clamp_min(1)
+    if series.shape[1] < 3:
+        return velocity, torch.zeros_like(velocity)
+    last = change.gather(1, (counts - 1).clamp_min(0)[:, None])[:, 0]
+    # The sum of changes of the change is the last one minus the first.
+    acceleration = (last - change[:, 1]) / (counts - 2).clamp_min(1)
+    return velocity, torch.where(counts >= 3, acceleration, 0.0)
