@@ -217,6 +217,30 @@ class RankShaper:
         self._means, self._pending = state["means"], state["pending"]
         self._score, self._steps = state["score"], state["steps"]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as JSON values, which keep every bit."""
+        means, pending = _values(self._means), _values(self._pending)
+        return {
+            "means": means,
+            "pending": pending,
+            "score": float(self._score),
+            "steps": self._steps,
+        }
+
+    def from_json(self, values: dict[str, Any]) -> None:
+        """Continue from what :meth:`to_json` gave."""
+        self._means, self._pending = _tensor(values["means"]), _tensor(values["pending"])
+        self._score = torch.tensor(values["score"], dtype=torch.float64)
+        self._steps = int(values["steps"])
+
+
+def _values(tensor: Tensor | None) -> list[float] | None:
+    return None if tensor is None else tensor.tolist()
+
+
+def _tensor(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
 
 def _stacked(er: Tensor, erv: Tensor, era: Tensor) -> Tensor:
     """``(3, B)`` in at least float32."""
