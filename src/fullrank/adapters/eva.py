@@ -1,0 +1,389 @@
+"""EVA: adapters that begin where a layer's inputs vary most, with ranks where they are needed.
+
+LoRA's ``A`` starts as the leading principal components of what flows into the layer, and the
+budget of ranks goes to the layers whose components explain most (arXiv 2410.07170). The adapter
+stays PEFT's: this computes the state that PEFT's own ``initialize_lora_eva_weights`` loads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.adapters.eva_components import Components, GramComponents, IncrementalComponents
+from fullrank.adapters.layer_inputs import (
+    device_of,
+    lora_layers,
+    run_batch,
+    same_inputs,
+    token_mask,
+    watch_inputs,
+)
+from fullrank.core.errors import InputError, require
+from fullrank.core.modes import evaluating
+from fullrank.core.names import canonical_name, model_fingerprint
+from fullrank.core.plan import PlanEntry, RankPlan
+from fullrank.core.progress import progress as progress_bar
+from fullrank.core.table import Cell, Table
+
+Method = Literal["gram", "ipca"]
+
+# Above this width an n x n matrix of second moments costs more than the incremental way.
+_WIDEST = 8192
+
+
+@dataclass(frozen=True)
+class EvaReport:
+    """What EVA found.
+
+    Attributes
+    ----------
+    ranks
+        Layer -> rank; 0 where the adapter was taken away.
+    explained
+        Layer -> share of the variance of its inputs that its rank explains.
+    ratios
+        Layer -> share that each component explains, as many as were looked at.
+    shapes
+        Layer -> ``(out, in)``.
+    batches
+        Forward passes.
+    unconverged
+        Layers whose components still moved when the data or ``max_batches`` ended
+        (``method="ipca"``).
+    plan
+        The ranks as a plan of purpose ``"adapter"``.
+    """
+
+    ranks: Mapping[str, int]
+    explained: Mapping[str, float]
+    ratios: Mapping[str, Sequence[float]]
+    shapes: Mapping[str, tuple[int, int]]
+    batches: int
+    unconverged: tuple[str, ...] = ()
+    fingerprint: str = field(default="", repr=False)
+
+    @property
+    def plan(self) -> RankPlan:
+        """The ranks as a plan; layers without an adapter are left alone."""
+        entries = {
+            name: PlanEntry(
+                self.shapes[name],
+                rank or None,
+                method="eva",
+                reason=f"explains {self.explained[name]:.1%} of the input variance",
+            )
+            for name, rank in self.ranks.items()
+        }
+        return RankPlan(
+            entries, purpose="adapter", source="activation", fingerprint=self.fingerprint
+        )
+
+    def table(self) -> Table:
+        """Return a row a layer."""
+        rows: list[list[Cell]] = [
+            [name, rank, self.explained[name], rank * sum(self.shapes[name])]
+            for name, rank in self.ranks.items()
+        ]
+        return Table(
+            ["layer", "rank", "explained variance", "parameters"],
+            rows,
+            title=f"EVA, {self.batches} batches",
+            formats={"explained variance": ".1%", "parameters": ",d"},
+        )
+
+
+def initialize(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    adapter_name: str = "default",
+    method: Method = "gram",
+    *,
+    center: bool = True,
+    max_batches: int = 64,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    token_mask_fn: Callable[[Any], Tensor | None] | None = None,
+    progress: bool = True,
+) -> EvaReport:
+    """Initialise a PEFT model's LoRA adapter by EVA.
+
+    Parameters
+    ----------
+    model
+        A ``PeftModel`` with a LoRA adapter, best made with
+        ``LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(...))`` and
+        ``get_peft_model(..., low_cpu_mem_usage=True)``. Of ``EvaConfig``, ``rho``, ``tau``,
+        ``use_label_mask``, ``whiten`` and ``adjust_scaling_factors`` count.
+    dataloader
+        Batches: mappings of the model's arguments, or anything that ``forward_fn`` takes.
+    adapter_name
+        Which adapter.
+    method
+        ``"gram"``: second moments of all inputs, decomposed once: exact, and the same for any
+        order and size of batches; one pass over the data. ``"ipca"``: PEFT's incremental way,
+        cycling until components stay where they are; also taken for inputs wider than 8192.
+    center
+        Subtract the mean (PEFT and official code). The bound on the gradient in the paper is of
+        uncentred inputs. ``"ipca"`` always does.
+    max_batches
+        No more forward passes than that.
+    forward_fn
+        ``(model, batch)``; by default ``model(**batch)``.
+    token_mask_fn
+        Batch -> ``(batch, length)`` mask of the tokens that count, or None for all; by default
+        those with attention, and with a label where there are labels.
+    progress
+        Show a bar.
+
+    Returns
+    -------
+    EvaReport
+        Ranks, explained variance and a :class:`~fullrank.core.RankPlan`.
+
+    Raises
+    ------
+    InputError
+        When there is no such adapter or no layer EVA can initialise, a rank is above what a layer
+        allows, the loader is empty, or its samples are fewer than the components.
+
+    Warns
+    -----
+    UserWarning
+        When ``"ipca"`` ended before all components stayed where they were.
+
+    Examples
+    --------
+    >>> from fullrank.adapters import eva
+    >>> report = eva.initialize(peft_model, loader)  # doctest: +SKIP
+    >>> report.table()  # doctest: +SKIP
+    """
+    peft = require("peft", extra="adapters")
+    if method not in ("gram", "ipca"):
+        raise InputError(f"method={method!r}; it is 'gram' or 'ipca'")
+    if max_batches < 1:
+        raise InputError(f"max_batches={max_batches}; at least one is needed")
+    layers = lora_layers(model, adapter_name)
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    options = config.eva_config or peft.EvaConfig()
+    search = _Search(model, layers, adapter_name, options, method, center)
+    mask_of = token_mask_fn or (
+        lambda batch: token_mask(batch, labels=bool(options.use_label_mask))
+    )
+    search.collect(dataloader, max_batches, forward_fn or run_batch, mask_of, progress)
+    ranks = search.allot()
+    state = search.weights(ranks, bool(options.whiten))
+    if config.eva_config is None:
+        config.eva_config = options
+    peft.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    return search.report(ranks)
+
+
+class _Search:
+    """Collects inputs, allots ranks, makes the weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, Any],
+        adapter: str,
+        options: Any,
+        method: Method,
+        center: bool,
+    ) -> None:
+        self.model, self.layers, self.options = model, layers, options
+        self.method, self.center = method, center
+        self.start = {name: int(layer.r[adapter]) for name, layer in layers.items()}
+        self.most = {name: round(rank * options.rho) for name, rank in self.start.items()}
+        for name, layer in layers.items():
+            bound = min(layer.in_features, layer.out_features)
+            if self.start[name] > bound:
+                raise InputError(
+                    f"{canonical_name(name)} has rank {self.start[name]}, but its weight is only "
+                    f"{layer.out_features} x {layer.in_features}; use a rank of at most {bound}"
+                )
+            self.most[name] = min(self.most[name], layer.in_features)
+        self.owner: dict[str, str] = {}
+        self.found: dict[str, Components] = {}
+        self.passes = 0
+        self.unconverged: tuple[str, ...] = ()
+
+    # -- inputs ------------------------------------------------------------------------------
+
+    def collect(
+        self,
+        data: Iterable[Any],
+        limit: int,
+        forward: Callable[[nn.Module, Any], Any],
+        mask_of: Callable[[Any], Tensor | None],
+        progress: bool,
+    ) -> None:
+        """Run the base model over the data and take in what flows into each layer."""
+        model: Any = self.model
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(model.disable_adapter())
+            advance = stack.enter_context(progress_bar("EVA", limit, progress, "batches"))
+            for number, batch in enumerate(self._batches(data, limit)):
+                if not number:
+                    self._group(batch, forward, mask_of)
+                wanted = self._moving()
+                if not wanted:
+                    break
+                self._pass(batch, wanted, forward, mask_of)
+                advance(1)
+        if not self.passes:
+            raise InputError("the data loader is empty; EVA needs at least one batch")
+        self._check_counts()
+
+    def _batches(self, data: Iterable[Any], limit: int) -> Iterable[Any]:
+        """One pass for moments; again and again for the incremental way, never for ever."""
+        cycles = any(isinstance(c, IncrementalComponents) for c in self.found.values())
+        cycles = cycles or self.method == "ipca"
+        taken = 0
+        while taken < limit:
+            before = taken
+            for batch in data:
+                yield batch
+                taken += 1
+                if taken == limit:
+                    return
+            if not cycles or taken == before:
+                return
+
+    def _group(
+        self,
+        batch: Any,
+        forward: Callable[[nn.Module, Any], Any],
+        mask_of: Callable[[Any], Tensor | None],
+    ) -> None:
+        """Find layers with the same input; one of each group is watched."""
+        batch = device_of(self.model, batch)
+        self.owner = same_inputs(self.model, self.layers, batch, forward, mask_of(batch))
+        for name, owner in self.owner.items():
+            self.most[owner] = max(self.most[owner], self.most[name])
+        for name, owner in self.owner.items():
+            self.most[name] = self.most[owner]
+            if name == owner:
+                self.found[name] = self._components(name)
+
+    def _components(self, name: str) -> Components:
+        layer = self.layers[name]
+        if self.method == "ipca" or layer.in_features > _WIDEST:
+            return IncrementalComponents(
+                layer.in_features, self.most[name], tau=float(self.options.tau)
+            )
+        weight = layer.get_base_layer().weight
+        device = weight.device if weight.device.type in ("cpu", "cuda") else "cpu"
+        return GramComponents(layer.in_features, self.most[name], center=self.center, device=device)
+
+    def _pass(
+        self,
+        batch: Any,
+        wanted: Sequence[str],
+        forward: Callable[[nn.Module, Any], Any],
+        mask_of: Callable[[Any], Tensor | None],
+    ) -> None:
+        batch = device_of(self.model, batch)
+
+        def add(name: str, x: Tensor) -> None:
+            try:
+                self.found[name].update(x)
+            except InputError as error:
+                raise InputError(f"{canonical_name(name)}: {error}") from error
+
+        with watch_inputs({n: self.layers[n] for n in wanted}, add, mask_of(batch)):
+            forward(self.model, batch)
+        self.passes += 1
+
+    def _moving(self) -> list[str]:
+        """Layers whose components, as many as any of their group now gets, still move."""
+        if any(c.count == 0 for c in self.found.values()):
+            return list(self.found)
+        ranks = self.allot()
+        return [
+            name
+            for name, found in self.found.items()
+            if not found.converged(max(ranks[n] for n, o in self.owner.items() if o == name))
+        ]
+
+    def _check_counts(self) -> None:
+        for name, found in self.found.items():
+            if isinstance(found, GramComponents) and torch.distributed.is_initialized():
+                found.all_reduce()
+            if found.count < self.most[name]:
+                raise InputError(
+                    f"{canonical_name(name)} saw {found.count} tokens, fewer than the "
+                    f"{self.most[name]} components that are asked for; give more or longer "
+                    "batches, or a smaller rank or rho"
+                )
+        self.unconverged = tuple(
+            canonical_name(name)
+            for name in self._moving()
+            if isinstance(self.found[name], IncrementalComponents)
+        )
+        if self.unconverged:
+            warnings.warn(
+                f"after {self.passes} batches components of {len(self.unconverged)} layers still "
+                f"moved ({', '.join(self.unconverged[:3])}, ...); raise max_batches, or use "
+                "method='gram'",
+                stacklevel=4,
+            )
+
+    # -- ranks -------------------------------------------------------------------------------
+
+    def allot(self) -> dict[str, int]:
+        """Give the budget to the components that explain most."""
+        solved = {name: c.solve()[2].cpu() for name, c in self.found.items()}
+        # Owners first, then those that share their input: what decides between equal ratios.
+        order = [*self.found, *(n for n, owner in self.owner.items() if n != owner)]
+        names = [name for name in order for _ in range(len(solved[self.owner[name]]))]
+        ratios = torch.cat([solved[self.owner[name]] for name in order])
+        budget = sum(self.start.values())
+        best = ratios.argsort(descending=True, stable=True)[:budget]
+        counts = Counter(names[i] for i in best.tolist())
+        ranks = {name: counts[name] for name in self.layers}
+        for name, owner in self.owner.items():
+            if ranks[name] > ranks[owner]:
+                ranks[name], ranks[owner] = ranks[owner], ranks[name]
+        return ranks
+
+    def weights(self, ranks: Mapping[str, int], whiten: bool) -> dict[str, Tensor]:
+        """Return ``A`` of each layer, ``(rank, in)``."""
+        state = {}
+        for name in self.layers:
+            vectors, values, _ = self.found[self.owner[name]].solve()
+            rows, size = vectors[: ranks[name]], values[: ranks[name]]
+            if whiten:
+                # A direction without variance keeps its length.
+                size = torch.where(size > 1e-6 * values.max().clamp_min(1e-300), size, 1.0)
+                rows = rows / size.sqrt()[:, None]
+            base = self.layers[name].get_base_layer().weight
+            state[name] = rows.to(device=base.device, dtype=torch.float32).contiguous()
+        return state
+
+    def report(self, ranks: Mapping[str, int]) -> EvaReport:
+        """Say what was found, under the base model's own names."""
+        solved = {name: c.solve()[2] for name, c in self.found.items()}
+        ratios = {name: solved[self.owner[name]].tolist() for name in self.layers}
+        return EvaReport(
+            ranks={canonical_name(n): rank for n, rank in ranks.items()},
+            explained={
+                canonical_name(n): float(sum(ratios[n][:rank])) for n, rank in ranks.items()
+            },
+            ratios={canonical_name(n): tuple(r) for n, r in ratios.items()},
+            shapes={
+                canonical_name(n): (layer.out_features, layer.in_features)
+                for n, layer in self.layers.items()
+            },
+            batches=self.passes,
+            unconverged=self.unconverged,
+            fingerprint=model_fingerprint(self.model),
+        )

@@ -1,0 +1,132 @@
+"""What flows into the layers that adapters sit on: which tokens count, which layers share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.core.capture import capture
+from fullrank.core.errors import InputError
+
+# transformers' and PEFT's mark of a position that has no label.
+_NO_LABEL = -100
+
+
+def lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    """Name -> PEFT's LoRA layer over a matrix that has this adapter.
+
+    Raises
+    ------
+    InputError
+        When the model is no PEFT model, or has no such adapter or no such layer.
+    """
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        raise InputError(
+            f"the model is a {type(model).__name__}; put a LoRA adapter on it first, with "
+            "peft.get_peft_model(model, LoraConfig(...))"
+        )
+    if adapter not in configs:
+        raise InputError(f"there is no adapter {adapter!r}; there are {', '.join(configs)}")
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if adapter in getattr(module, "lora_A", {}) and _is_matrix(module)
+    }
+    if not found:
+        raise InputError(
+            f"adapter {adapter!r} is on no linear layer; its target_modules are "
+            f"{configs[adapter].target_modules}"
+        )
+    return found
+
+
+def _is_matrix(layer: Any) -> bool:
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch: its arguments by name, in order, or the one it takes."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def device_of(model: nn.Module, batch: Any) -> Any:
+    """Move a batch to where the model's weights are."""
+    real = (p.device for p in model.parameters() if p.device.type != "meta")
+    device = next(real, torch.device("cpu"))
+    return _moved(batch, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value
+
+
+def token_mask(batch: Any, *, labels: bool) -> Tensor | None:
+    """``(batch, length)`` mask of the tokens that count, or None where all do."""
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("attention_mask")
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    given = batch.get("labels")
+    if labels and isinstance(given, Tensor) and given.ndim == 2:
+        real = given != _NO_LABEL
+        mask = real if mask is None or mask.shape != real.shape else mask & real
+    return mask
+
+
+@contextmanager
+def watch_inputs(
+    layers: Mapping[str, nn.Module],
+    consume: Callable[[str, Tensor], None],
+    mask: Tensor | None = None,
+) -> Iterator[None]:
+    """Call ``consume(name, x)`` with the tokens ``(T, n)`` that flow into each layer and count."""
+
+    def add(name: str, x: Tensor) -> None:
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask.to(x.device)]
+        consume(name, x.reshape(-1, x.shape[-1]))
+
+    with capture(layers, add, "input"):
+        yield
+
+
+def same_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any],
+    mask: Tensor | None,
+) -> dict[str, str]:
+    """Layer -> the first layer, in the model's order, that gets the very same input."""
+    marks: dict[str, tuple[Any, ...]] = {}
+
+    def mark(name: str, x: Tensor) -> None:
+        flat = x.double()
+        weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=x.device)
+        sums = torch.stack([flat.sum(), flat.square().sum(), flat.reshape(-1) @ weights])
+        marks[name] = (tuple(x.shape), *sums.tolist())
+
+    with watch_inputs(layers, mark, mask):
+        forward(model, batch)
+    unused = [name for name in layers if name not in marks]
+    if unused:
+        raise InputError(
+            f"{unused[0]} was not used in a forward pass: leave it out of target_modules, or give "
+            "batches that use it"
+        )
+    owner: dict[tuple[Any, ...], str] = {}
+    return {name: owner.setdefault(marks[name], name) for name in layers}
