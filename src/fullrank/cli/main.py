@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fullrank._version import __version__
-from fullrank.cli import demo, methods, order, see, serve, shrink, train
+from fullrank.cli import bench, demo, methods, order, see, serve, shrink, train
 from fullrank.core.errors import FullrankError
 
 # What a shell reports for a command that Ctrl-C ended.
@@ -34,6 +34,7 @@ app.add_typer(see.app, name="see")
 app.add_typer(train.app, name="train")
 app.command("shrink")(shrink.shrink)
 app.add_typer(order.app, name="order")
+app.add_typer(bench.app, name="bench")
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("methods")(methods.methods)

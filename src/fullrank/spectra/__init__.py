@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fullrank.spectra.callback import RankMeCallback as RankMeCallback
     from fullrank.spectra.dynamics import RankDynamics as RankDynamics
     from fullrank.spectra.dynamics import rank_dynamics as rank_dynamics
+    from fullrank.spectra.feature_rank import feature_rank as feature_rank
     from fullrank.spectra.matrix_spectrum import MatrixSpectrum as MatrixSpectrum
     from fullrank.spectra.measures import effective_rank as effective_rank
     from fullrank.spectra.measures import energy_rank as energy_rank
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["RankMeMeter", "rankme", "select_by_rankme"], "rankme"),
         **dict.fromkeys(["XRay", "xray"], "xray"),
         **dict.fromkeys(["RankDynamics", "rank_dynamics"], "dynamics"),
+        "feature_rank": "feature_rank",
         "MatrixSpectrum": "matrix_spectrum",
         "RankMeCallback": "callback",
         "RankPlan": "plan",
