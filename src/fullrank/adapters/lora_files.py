@@ -1,0 +1,98 @@
+"""Adapters as ordinary LoRA files, which PEFT loads on a fresh base without this package."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fullrank.core.errors import InputError, require
+from fullrank.core.files import atomic_write
+
+
+class LowRank(NamedTuple):
+    """An update ``B A`` of a weight ``(out, in)``: A is ``(r, in)``, B ``(out, r)``."""
+
+    A: Tensor
+    B: Tensor
+
+
+def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) -> Path:
+    """Write low-rank updates as a LoRA adapter, whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
+    updates
+        Name of a module of the base model -> its update, scaling included. Ranks may differ.
+    config
+        A ``LoraConfig`` whose base model, task and revision are kept.
+
+    Raises
+    ------
+    InputError
+        When there is nothing to write, or shapes do not fit.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import peft
+    >>> update = LowRank(torch.ones(2, 3), torch.ones(4, 2))
+    >>> folder = write_lora(tempfile.mkdtemp() + "/lora", {"fc": update}, peft.LoraConfig())
+    >>> sorted(path.name for path in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    peft = require("peft", extra="adapters")
+    from safetensors.torch import save
+
+    if not updates:
+        raise InputError("there is no update to write")
+    for name, (A, B) in updates.items():
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise InputError(f"{name}: factors of shapes {tuple(B.shape)} and {tuple(A.shape)}")
+    ranks = {name: len(update.A) for name, update in updates.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    # alpha = r makes PEFT's scaling 1.
+    plain = peft.LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        target_modules=sorted(updates),
+        rank_pattern={f"^{name}$".replace(".", r"\."): rank for name, rank in others.items()},
+        alpha_pattern={f"^{name}$".replace(".", r"\."): rank for name, rank in others.items()},
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        fan_in_fan_out=config.fan_in_fan_out,
+        inference_mode=True,
+    )
+    tensors = {}
+    for name, (A, B) in updates.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    target = Path(folder)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        atomic_write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+        plain.save_pretrained(str(part))
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "adapter_config.json"):
+            path.replace(target / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+@torch.no_grad()
+def update_of(layer: Any, adapter: str) -> LowRank:
+    """Return the update of PEFT's LoRA layer, scaling included in ``B``."""
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LowRank(A.clone(), B * layer.scaling[adapter])
