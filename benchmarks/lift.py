@@ -210,11 +210,11 @@ class FixedMask(LIFT):
         self.how, self.generator = how, generator
         super().__init__(params, **options)
 
-    def _fit(self, mask, param, step):
+    def _fit(self, mask, param, weight, step):
         if self.how == "LIFT":
-            return super()._fit(mask, param, step)
-        chosen = choose(param.detach(), self.how, mask.rank, mask.lra_rank, self.generator)
-        return mask.inject([chosen], param)
+            return super()._fit(mask, param, weight, step)
+        chosen = choose(weight.detach(), self.how, mask.rank, mask.lra_rank, self.generator)
+        return mask.inject([chosen], weight)
 
 
 def language_model(folder: Path, seeds: int, pre: int, steps: int, width: int, rank: int) -> Table:

@@ -7,7 +7,8 @@ AdamW step of all weights. A step's bar is given in these units. All contestants
 matrices (9.49 million parameters, float32, rank 128) with the same gradients, in turns; each
 figure is the median over rounds, and over processes. Gradients have a power-law spectrum and turn
 a little between rounds. A refresh is by warm-started iteration; the one by SVD is measured with
-``--svd``.
+``--svd``. With ``--bfloat16`` the projected ones are measured with ``gemm="bfloat16"`` too, in a
+column of their own (benchmarks/optimizer_gemm.py says what that does to the loss).
 
 FOLDER holds checkouts of the official repositories, under the names Fira, FRUGAL and
 GradNormLoRP; those that are there are measured in the same run, and GaLore's where the package
@@ -43,14 +44,14 @@ BARS = {
 }
 
 
-def contestants(rank: int, gap: int, refresh: str) -> dict:
-    projected = {"lr": 1e-4, "rank": rank, "update_proj_gap": gap, "refresh": refresh}
+def contestants(rank: int, gap: int, refresh: str, gemm: str | None = None) -> dict:
+    common = {"refresh": refresh, "gemm": gemm}
+    projected = {"lr": 1e-4, "rank": rank, "update_proj_gap": gap, **common}
 
     def frugal(subspace):
         def make(weights):
             groups = [{"params": weights, "is_proj_params": True}]
-            options = {"subspace": subspace, "update_gap": gap, "refresh": refresh}
-            return FrugalAdamW(groups, lr=1e-5, **options)
+            return FrugalAdamW(groups, lr=1e-5, subspace=subspace, update_gap=gap, **common)
 
         return make
 
@@ -112,17 +113,21 @@ def official(folder: Path, rank: int, gap: int) -> dict:
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     weights, gradients = matrices(SHAPES, args.rounds + 1)
-    gap = args.steps + 1
+    gap, refresh = args.steps + 1, "svd" if args.svd else "subspace"
     makers = {
         "AdamW (foreach)": lambda w: torch.optim.AdamW(w, lr=1e-4, foreach=True),
         "T_f": lambda w: torch.optim.AdamW(w, lr=1e-4, fused=True),
-        **contestants(args.rank, gap, "svd" if args.svd else "subspace"),
+        **contestants(args.rank, gap, refresh),
     }
     if args.only:
         makers = {n: m for n, m in makers.items() if n == "T_f" or n in args.only}
     if args.official is not None:
         theirs = official(args.official, args.rank, gap)
         makers.update({f"official {n}": m for n, m in theirs.items() if n in makers})
+    if args.bfloat16:
+        for name, make in contestants(args.rank, gap, refresh, "bfloat16").items():
+            if name in makers and BARS[name][0][0]:  # there are products
+                makers[f"bfloat16 {name}"] = make
     made = {}
     for name, make in makers.items():
         own = [torch.nn.Parameter(w.detach().clone()) for w in weights]
@@ -165,7 +170,7 @@ def in_processes(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
 
 
-def rows(found: dict[str, dict[str, float]]) -> list[list]:
+def rows(found: dict[str, dict[str, float]], bfloat16: bool) -> list[list]:
     g, f = found["T_g"]["normal"], found["T_f"]["normal"]
     table = []
     for name, (normal, refresh) in BARS.items():
@@ -174,23 +179,26 @@ def rows(found: dict[str, dict[str, float]]) -> list[list]:
         ours = found[name]
         bars = [a * g + b * f for a, b in (normal, refresh)]
         amortised = (ours["refresh"] + (GAP - 1) * ours["normal"]) / GAP
-        theirs = found.get(f"official {name}")
+        theirs, rounded = found.get(f"official {name}"), found.get(f"bfloat16 {name}")
         ratio = None
         if theirs is not None:
             ratio = amortised / ((theirs["refresh"] + (GAP - 1) * theirs["normal"]) / GAP)
-        table.append(
-            [
-                name,
-                ours["normal"],
-                (ours["normal"] - normal[1] * f) / g if normal[0] else None,
-                ours["normal"] / bars[0],
-                ours["refresh"],
-                (ours["refresh"] - refresh[1] * f) / g if refresh[0] else None,
-                ours["refresh"] / bars[1],
-                amortised,
-                ratio,
-            ]
-        )
+        row = [
+            name,
+            ours["normal"],
+            (ours["normal"] - normal[1] * f) / g if normal[0] else None,
+            ours["normal"] / bars[0],
+            ours["refresh"],
+            (ours["refresh"] - refresh[1] * f) / g if refresh[0] else None,
+            ours["refresh"] / bars[1],
+            amortised,
+            ratio,
+        ]
+        if bfloat16:
+            row += [None, None]
+            if rounded is not None:
+                row[-2:] = rounded["normal"], rounded["normal"] / ours["normal"]
+        table.append(row)
     return table
 
 
@@ -201,6 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="normal steps a round")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--svd", action="store_true", help="refresh by SVD")
+    parser.add_argument("--bfloat16", action="store_true", help="with matrix products in it, too")
     parser.add_argument("--official", type=Path, help="folder of the official checkouts")
     parser.add_argument("--only", nargs="*", help="names of the rows wanted")
     parser.add_argument("--json", action="store_true")
@@ -212,9 +221,11 @@ def main() -> None:
     units = ", ".join(
         f"{n} {found[n]['normal']:.1f} ms" for n in ("T_g", "T_f", "AdamW (foreach)") if n in found
     )
-    milli = dict.fromkeys(["normal, ms", "refresh, ms", "amortised, ms"], ".1f")
+    milli = dict.fromkeys(
+        ["normal, ms", "refresh, ms", "amortised, ms", "normal, bfloat16, ms"], ".1f"
+    )
     ratio = dict.fromkeys(
-        ["/ bar", "refresh / bar", "(- T_f) / T_g", "refresh (- T_f) / T_g"], ".2f"
+        ["/ bar", "refresh / bar", "(- T_f) / T_g", "refresh (- T_f) / T_g", "/ float32"], ".2f"
     )
     columns = [
         "optimizer",
@@ -227,9 +238,12 @@ def main() -> None:
         "amortised, ms",
         "/ official",
     ]
+    if args.bfloat16:
+        columns += ["normal, bfloat16, ms", "/ float32"]
     title = f"21 matrices, 9.49 M parameters, float32, rank {args.rank}, one thread; {units}"
     formats = {**milli, **ratio, "/ official": ".2f"}
-    print(Table(columns, rows(found), title=title, formats=formats).markdown())
+    formats = {name: formats[name] for name in columns if name in formats}
+    print(Table(columns, rows(found, args.bfloat16), title=title, formats=formats).markdown())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """AdamP and SGDP: resume, foreign states, schedules, scaling, bad input."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
 from adamp_cases import MAKE, advance, parameters
+from stepping import through_a_file
 from torch import nn
 
 from fullrank.core.errors import InputError
@@ -20,13 +20,6 @@ def make(request):
 
 
 # -- resume ----------------------------------------------------------------------------------
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,10 +18,18 @@ worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
 
 pytestmark = pytest.mark.slow
-EVERY = [f"{name}:{kind}:float64:1:" for name in worker.CASES for kind in ("fsdp", "ddp")]
-MORE = [f"{name}:{kind}:float64:2:0.5" for name in ("galore", "fira") for kind in ("fsdp", "ddp")]
-SINGLE = [f"{name}:{kind}:float32:1:" for name in ("galore", "fira") for kind in ("fsdp", "ddp")]
-RESUMED = ["galore_subspace", "galore8", "adafactor", "fira", "gradnorm", "frugal_columns"]
+BOTH = ("fsdp", "ddp")
+FEW = ("galore", "fira", "lift", "adamp")
+EVERY = [f"{name}:{kind}:float64:1:" for name in worker.GROUPED for kind in BOTH]
+EVERY += [f"{name}:ddp:float64:1:" for name in worker.LORA]
+MORE = [f"{name}:{kind}:float64:2:0.5" for name in FEW for kind in BOTH]
+MORE += ["lora_pro:ddp:float64:2:0.5"]
+SINGLE = [f"{name}:{kind}:float32:1:" for name in FEW for kind in BOTH]
+SINGLE += ["lora_pro:ddp:float32:1:"]
+RESUMED = [
+    *("galore_subspace", "galore8", "adafactor", "fira", "gradnorm", "frugal_columns"),
+    *("frugal_block", "lift", "adamp", "sgdp", "lora_pro", "mkor"),
+]
 
 
 def launch(folder, processes, task, *cases):
@@ -55,7 +63,7 @@ def saved(tmp_path_factory):
 
 
 def alone(name, dtype, steps, accumulate=1, clip=None):
-    net = worker.model(dtype)
+    net = worker.model(dtype, name)
     opt = worker.optimizer(name, net)
     worker.train(net, opt, steps, dtype, accumulate=accumulate, clip=clip)
     return worker.weights(net)
@@ -76,14 +84,14 @@ def test_trajectory_of_one_process(trained, case):
     tolerance = 1e-5 if bits == "float32" else 1e-12
     for found in ranks:
         close(found["weights"], expected, 1e-3 if name == "galore8" else tolerance)
-    assert ranks[0]["bases"].keys() == ranks[1]["bases"].keys()
-    for key, basis in ranks[0]["bases"].items():
-        assert torch.equal(basis, ranks[1]["bases"][key])
+    assert ranks[0]["chosen"].keys() == ranks[1]["chosen"].keys()
+    for key, choice in ranks[0]["chosen"].items():
+        assert torch.equal(choice, ranks[1]["chosen"][key])
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_two_processes_continue_on_one(saved, case):
-    net = worker.model(torch.float64)
+    net = worker.model(torch.float64, case)
     opt = worker.optimizer(case, net)
     worker.resume(saved, case, net, opt)
     worker.train(net, opt, range(4, 8), torch.float64)
@@ -100,8 +108,8 @@ def test_two_processes_continue_on_four(saved):
 
 
 def test_layers_are_stepped_in_the_backward_pass_of_a_sharded_model(tmp_path):
-    launch(tmp_path, 2, "layers", "galore", "fira")
-    for case in ("galore", "fira"):
+    launch(tmp_path, 2, "layers", *FEW)
+    for case in FEW:
         found = torch.load(tmp_path / f"{case}-layers-1.pt")
         close(found, alone(case, torch.float64, range(5)), 1e-12)
     assert "fully_shard" in (tmp_path / "ddp-0.txt").read_text()

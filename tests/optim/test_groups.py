@@ -1,22 +1,28 @@
 """Param groups of models, their report, and the memory table."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from fullrank.core import PlanEntry, RankPlan
 from fullrank.core.errors import InputError, PlanError
+from fullrank.core.rank_rules import Fixed
 from fullrank.optim import (
+    LIFT,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdafactor,
     GaLoreAdamW,
     GradNormLoRPAdamW,
     galore_param_groups,
+    gradient_plan,
     memory_table,
     param_groups,
     state_bytes,
 )
+from fullrank.optim.patterns import matches
 
 
 class Block(nn.Module):
@@ -243,3 +249,98 @@ def test_groups_of_the_other_optimizers(kind):
     optimizer.step()
     row = dict(zip(table.columns, table.rows[-1], strict=True))
     assert row["optimizer state"] == state_bytes(optimizer)
+
+
+# -- other models, other ways to name layers --------------------------------------------------
+
+
+def test_patterns():
+    assert matches("blocks.10.attn.q", "blocks.*.q")
+    assert matches("blocks.10.attn.q", "attn")
+    assert matches("blocks.1.fc", "blocks.[01].fc")
+    assert not matches("blocks.10.fc", "blocks.?.fc")
+    # A wildcard must match the whole name.
+    assert not matches("blocks.10.attn.q", "*.attn")
+
+
+def test_wrapped_models_have_the_same_groups():
+    model = Model()
+    plain = param_groups(model, rank=4, verbose=False)
+    wrapped = nn.Sequential()
+    wrapped.add_module("module", model)
+    compiled = torch.compile(model, backend="eager")
+    for other in (wrapped, compiled):
+        groups = param_groups(other, rank=4, verbose=False)
+        assert groups.projected == plain.projected
+        assert groups.others == plain.others
+
+
+def test_conv1d_of_transformers_and_separate_attention_weights():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.ModuleDict({"c_attn": utils.Conv1D(48, 16)})
+    model["cross"] = nn.MultiheadAttention(16, 2, kdim=12, vdim=20)
+    groups = param_groups(model, rank=2, verbose=False)
+    assert groups.projected["c_attn"] == ((16, 48), 2)
+    parts = ["cross.q_proj", "cross.k_proj", "cross.v_proj", "cross.out_proj"]
+    assert list(groups.projected) == ["c_attn", *parts]
+    optimizer = GaLoreAdamW(groups)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state[model["c_attn"].weight]["exp_avg"].shape == (2, 48)
+
+
+def test_masked_weights_of_a_model():
+    model = Model()
+    groups = param_groups(model, LIFT, rank=1, lra_rank=4, exclude="conv", verbose=False)
+    optimizer = LIFT(groups, lr=0.01)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    weight = model.blocks[0].attn.weight
+    assert optimizer.state[weight]["indices"].shape == (64,)
+    row = dict(zip(groups.memory().columns, groups.memory().rows[-1], strict=True))
+    assert row["optimizer state"] == state_bytes(optimizer)
+
+
+# -- ranks from gradients ---------------------------------------------------------------------
+
+
+def with_gradients(model, ranks):
+    """Gradients whose rank is known: as many equal singular values."""
+    for name, rank in ranks.items():
+        weight = model.get_submodule(name).weight
+        m, n = weight.shape[0], weight[0].numel()
+        U, V = (torch.linalg.qr(torch.randn(size, rank))[0] for size in (m, n))
+        weight.grad = (U @ V.T).view(weight.shape)
+    return model
+
+
+def test_a_plan_from_gradients():
+    ranks = {"blocks.0.attn": 5, "blocks.0.mlp": 20, "blocks.1.down": 1, "conv": 7, "head": 3}
+    model = with_gradients(Model(), ranks)
+    model.blocks[1].attn.weight.grad = torch.zeros(32, 32)
+    plan = gradient_plan(model)
+    assert plan.purpose == "optimizer"
+    assert plan.source == "gradient"
+    found = {name: entry.rank for name, entry in plan.items()}
+    # 90 % of so many equal values; the head is not projected.
+    del ranks["head"]
+    assert found == {n: math.ceil(0.9 * r) for n, r in ranks.items()} | {"blocks.1.attn": None}
+    groups = param_groups(model, plan=plan, verbose=False)
+    assert groups[0]["rank"] == [5, 18, 1, 7]
+    # Whoever names the head means it; other rules see the same spectra.
+    assert gradient_plan(model, targets="head")["head"].rank == 3
+    assert gradient_plan(model, Fixed(4), exclude="blocks")["conv"].rank == 4
+    full = gradient_plan(model, Fixed(32), targets="blocks.0.attn")["blocks.0.attn"]
+    assert full.rank is None
+    assert "all directions" in full.reason
+
+
+def test_gradients_that_give_no_plan():
+    with pytest.raises(InputError, match=r"loss\.backward"):
+        gradient_plan(Model())
+    model = with_gradients(Model(), {"conv": 3})
+    model.conv.weight.grad[0, 0] = math.inf
+    with pytest.raises(InputError, match="gradient of conv holds NaN or infinity"):
+        gradient_plan(model)

@@ -2,14 +2,14 @@
 
 import copy
 import functools
-import io
 
 import pytest
 import torch
+from stepping import through_a_file
 from torch import nn
 
 from fullrank.core.errors import InputError
-from fullrank.optim import mkor_factors
+from fullrank.optim import mkor_factors, state_bytes
 from fullrank.optim.adamp import SGDP
 from fullrank.optim.mkor import MKOR
 from fullrank.optim.mkor_hybrid import MKORH, KneePoint
@@ -45,13 +45,6 @@ def advance(model, optimizer, steps):
             optimizer.step(loss=loss)
         else:
             optimizer.step()
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def equal(one, other):
@@ -177,6 +170,7 @@ def test_after_the_switch_only_the_inner_optimizer_is_left():
     advance(plain, second_order, range(5))
     assert equal(model, plain)
     assert optimizer.factor_bytes() > 0
+    assert state_bytes(optimizer) == state_bytes(optimizer.inner) + optimizer.factor_bytes()
     optimizer.switch()
     assert optimizer.switched_at == 5
     assert optimizer.factor_bytes() == 0

@@ -1,10 +1,10 @@
 """Stopping at any step and continuing is bit-equal; foreign states are refused."""
 
 import copy
-import io
 
 import pytest
 import torch
+from stepping import through_a_file
 from torch import nn
 
 from fullrank.core.errors import InputError
@@ -26,6 +26,7 @@ CASES = {
     "full": (GaLoreAdamW, {"proj_type": "full"}),
     "8bit": (GaLoreAdamW, EIGHT),
     "rounding": (GaLoreAdamW, {"stochastic_rounding": True, "generator": 5}),
+    "gemm": (GaLoreAdamW, {"gemm": "bfloat16"}),
     "adafactor": (GaLoreAdafactor, {"beta1": 0.9}),
     "adafactor8": (GaLoreAdafactor, {"beta1": 0.9, **EIGHT}),
     "fira": (FiraAdamW, {}),
@@ -41,6 +42,7 @@ CASES = {
     "frugal_randk": (FrugalAdamW, {"subspace": "randk", "stochastic_rounding": True}),
     "frugal_random": (FrugalAdamW, {"subspace": "random", "generator": 3}),
     "frugal_svd": (FrugalAdamW, {"subspace": "svd", **EIGHT}),
+    "frugal_gemm": (FrugalAdamW, {"subspace": "svd", "gemm": "bfloat16", "refresh": "subspace"}),
     "frugal_lion": (FrugalAdamW, {"subspace": "rows", "stateful": "lion", **EIGHT}),
     "frugal_sgdm": (FrugalAdamW, {"subspace": "svd", "stateful": "sgdm", **EIGHT}),
 }
@@ -67,13 +69,6 @@ def advance(model, optimizer, steps):
         if t == 4:
             model[0].weight.grad[0, 0] = float("nan")
         optimizer.step()
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from fullrank.optim.adamp import AdamP as AdamP
     from fullrank.optim.base import SubspaceOptimizer as SubspaceOptimizer
     from fullrank.optim.coordinates import Coordinates as Coordinates
+    from fullrank.optim.distributed_checkpoint import allocate_as_saved as allocate_as_saved
     from fullrank.optim.fira import FiraAdamW as FiraAdamW
     from fullrank.optim.fira import FiraRMSprop as FiraRMSprop
     from fullrank.optim.foundation import FullrankOptimizer as FullrankOptimizer
     from fullrank.optim.frugal import FrugalAdamW as FrugalAdamW
     from fullrank.optim.galore import GaLoreAdafactor as GaLoreAdafactor
     from fullrank.optim.galore import GaLoreAdamW as GaLoreAdamW
+    from fullrank.optim.gradient_plan import gradient_plan as gradient_plan
     from fullrank.optim.gradnormlorp import GradNormLoRPAdamW as GradNormLoRPAdamW
     from fullrank.optim.groups import ParamGroups as ParamGroups
     from fullrank.optim.groups import frugal_param_groups as frugal_param_groups
@@ -48,6 +50,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "SubspaceOptimizer": "base",
         "FullrankOptimizer": "foundation",
+        "allocate_as_saved": "distributed_checkpoint",
+        "gradient_plan": "gradient_plan",
         **dict.fromkeys(
             ["ParamGroups", "frugal_param_groups", "galore_param_groups", "param_groups"], "groups"
         ),

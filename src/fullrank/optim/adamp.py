@@ -14,6 +14,7 @@ from fullrank.optim import gradients
 from fullrank.optim.foundation import Entry, Spec, State
 from fullrank.optim.gradients import NonFinite
 from fullrank.optim.inner import AdamW, Batch
+from fullrank.optim.inner.adamw import FUSED_DEVICES
 from fullrank.optim.radial import RadialTest, project_radial
 from fullrank.optim.radial_base import RadialOptimizer, Scratch
 
@@ -30,7 +31,7 @@ class AdamP(RadialOptimizer):
     and results are those of the package ``adamp``; its saved states load.
 
     State: ``exp_avg`` and ``exp_avg_sq`` of the weight's shape, in float32 for weights in half
-    precision.
+    precision. Under FSDP2 it is spread as the weights are, and only sums by channel are exchanged.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ class AdamP(RadialOptimizer):
     Raises
     ------
     InputError
-        On values out of range, sparse gradients, and sharded weights (FSDP).
+        On values out of range, sparse gradients, and flattened weights (FSDP1).
 
     Notes
     -----
@@ -98,19 +99,8 @@ class AdamP(RadialOptimizer):
         channel_dim: int = 0,
         nonfinite: NonFinite = "skip",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "channel_dim": channel_dim,
-        }
         self._inner = AdamW("corrected")
-        super().__init__(params, defaults, nonfinite=nonfinite)
+        super().__init__(params, locals())
 
     def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
         """Two moments."""
@@ -229,20 +219,7 @@ class SGDP(RadialOptimizer):
         channel_dim: int = 0,
         nonfinite: NonFinite = "skip",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "eps": eps,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "project_buffer": project_buffer,
-            "maximize": maximize,
-            "channel_dim": channel_dim,
-        }
-        super().__init__(params, defaults, nonfinite=nonfinite)
+        super().__init__(params, locals())
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Nesterov's step is one ahead of a momentum that must be there."""
@@ -259,6 +236,8 @@ class SGDP(RadialOptimizer):
         self, entry: Entry, found: RadialTest | None, skip: Tensor | None, scratch: Scratch
     ) -> None:
         """Update the buffer, step, and project the buffer where that is asked for."""
+        if skip is None and self._advance_by_kernel(entry, found, scratch):
+            return
         group, param, buffer = entry.group, entry.param, entry.state["momentum"]
         mu, lr = group["momentum"], float(group["lr"])
         grad = entry.grad.to(buffer.dtype)
@@ -277,3 +256,39 @@ class SGDP(RadialOptimizer):
         if before is not None and radial is not None:
             # Where the step is skipped the update is 0, and so is what it holds of the weight.
             buffer.addcmul_(before, radial.expand_as(before), value=-1.0)
+
+    @staticmethod
+    def _advance_by_kernel(entry: Entry, found: RadialTest | None, scratch: Scratch) -> bool:
+        """Do all of it in one pass over weight, gradient and buffer, if torch's kernel can."""
+        group, param, grad = entry.group, entry.param, entry.grad
+        buffer, mu, nesterov = entry.state["momentum"], group["momentum"], group["nesterov"]
+        alike = all(t.dtype == param.dtype and t.is_contiguous() for t in (param, grad, buffer))
+        apart = found is not None and group["project_buffer"] and not nesterov
+        if not alike or apart or mu == 0 or param.device.type not in FUSED_DEVICES:
+            return False
+        lr, fresh = float(group["lr"]), 1.0 - group["dampening"]
+        decay = lr * group["weight_decay"] / (1.0 - mu)
+        factor: float | Tensor = 1.0 - decay
+        if found is not None:
+            # What the update will hold of the weight follows from what gradient and buffer hold.
+            along = found.channels.dots(param, buffer, scratch.of(param))
+            along = along.mul_(mu).add_(found.dots, alpha=fresh)
+            if nesterov:
+                along = along.mul_(mu).add_(found.dots)
+            factor = 1.0 - decay * found.kept_decay(group["wd_ratio"])
+            factor = found.held(along, param).mul_(lr).add_(factor)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            param.mul_(factor)
+        torch._fused_sgd_(
+            [param],
+            [grad],
+            [buffer],
+            weight_decay=0.0,
+            momentum=mu,
+            lr=lr,
+            dampening=group["dampening"],
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
+        return True

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
-from fullrank.core.plan import RankPlan
+from fullrank.optim.batching import device_ages
 from fullrank.optim.checks import ranks_of
-from fullrank.optim.chunks import Member, chunks, device_ages
+from fullrank.optim.chunks import Member, chunks
 from fullrank.optim.foundation import Entry, FullrankOptimizer, Spec, State
-from fullrank.optim.gradients import NonFinite, Verdict
+from fullrank.optim.gradients import Verdict
 from fullrank.optim.inner import Batch, InnerUpdate
 from fullrank.optim.iterative import IterativeSubspace
 from fullrank.optim.matrices import (
@@ -26,11 +27,13 @@ from fullrank.optim.matrices import (
     matrix_shape,
 )
 from fullrank.optim.planned import planned_groups
-from fullrank.optim.seeds import generator_for
+from fullrank.optim.seeds import generator_for, seed_of
 from fullrank.optim.sharded import gathered, is_sharded, local
 from fullrank.optim.subspace import MomentPolicy, Subspace
 from fullrank.optim.whole import Identity
 from fullrank.optim.writing import Writer
+
+_log = logging.getLogger("fullrank.optim")
 
 ProjectionHook = Callable[[Tensor, Tensor, str], Any]
 
@@ -47,16 +50,18 @@ class SubspaceOptimizer(FullrankOptimizer):
 
     Parameters
     ----------
-    params, defaults, nonfinite
+    params, arguments, nonfinite
         See :class:`FullrankOptimizer`.
+    generator
+        One of the arguments: seed of what is drawn; a number, or a generator to draw one from.
     plan
-        A plan of purpose ``"optimizer"``, in place of ``rank``; ``params`` are then named
-        parameters.
+        One of the arguments: a plan of purpose ``"optimizer"``, in place of ``rank``; ``params``
+        are then named parameters.
     projection_hook
-        ``hook(weight, grad, side)`` is asked at each refresh of an ``(m, n)`` matrix and may
-        return the basis to use: ``(r, n)`` for side ``"right"``, ``(m, r)`` for ``"left"``, the
-        pair (left, right) for ``"full"``; None leaves the choice to the optimizer. It is not
-        saved with the state.
+        One of the arguments: ``hook(weight, grad, side)`` is asked at each refresh of an
+        ``(m, n)`` matrix and may return the basis to use: ``(r, n)`` for side ``"right"``,
+        ``(m, r)`` for ``"left"``, the pair (left, right) for ``"full"``; None leaves the choice
+        to the optimizer. It is not saved with the state.
 
     Warns
     -----
@@ -67,28 +72,22 @@ class SubspaceOptimizer(FullrankOptimizer):
     ----------
     refreshes
         How many bases were got by ``"iteration"`` and by ``"decomposition"`` since this object
-        was made (those of a hook, and random ones, are not counted).
+        was made (those of a hook, and random ones, are not counted). Where iteration from an old
+        basis was not good enough, the logger ``fullrank.optim`` says so at level INFO, by name.
     """
 
     decay_first: ClassVar[bool] = False
     gap_key: ClassVar[str] = "update_proj_gap"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        nonfinite: NonFinite = "skip",
-        projection_hook: ProjectionHook | None = None,
-        plan: RankPlan | None = None,
-    ) -> None:
-        self.projection_hook = projection_hook
+    def __init__(self, params: Iterable[Any], arguments: Mapping[str, Any]) -> None:
+        self.projection_hook: ProjectionHook | None = arguments["projection_hook"]
         self.refreshes = {"iteration": 0, "decomposition": 0}
         self._slots: dict[Tensor, Slot] = {}
         self._parts: dict[int, Parts] = {}
-        if plan is not None:
-            params = planned_groups(params, plan, defaults["rank"])
-        super().__init__(params, defaults, nonfinite=nonfinite)
+        self._writer = Writer(self.decay_first)
+        if arguments["plan"] is not None:
+            params = planned_groups(params, arguments["plan"], arguments["rank"])
+        super().__init__(params, {**arguments, "seed": seed_of(arguments["generator"])})
         self._announce_nothing()
 
     # -- what a subclass chooses -----------------------------------------------------------
@@ -166,7 +165,10 @@ class SubspaceOptimizer(FullrankOptimizer):
 
     def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
         """Shape and dtype of the moments and the bases."""
-        return self._slot(param).expected()
+        slot = self._slot(param)
+        # A schedule may have changed what the group says since the slot was made.
+        slot.parts = self.parts(group)
+        return slot.expected()
 
     def fill(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         """New state has no basis."""
@@ -188,6 +190,7 @@ class SubspaceOptimizer(FullrankOptimizer):
             "refreshes": dict(self.refreshes),
             "_slots": {},
             "_parts": {},
+            "_writer": Writer(self.decay_first),
         }
         return {**super().__getstate__(), **kept}
 
@@ -208,9 +211,9 @@ class SubspaceOptimizer(FullrankOptimizer):
         # What a group says may have changed since the last step.
         self._parts.clear()
         members = [self._member(entry) for entry in entries]
-        writer = Writer(self.decay_first)
         for age, chunk in chunks(members, self._device_knows):
-            self._advance(chunk, age, verdict, writer)
+            self._advance(chunk, age, verdict)
+        self._writer.trim()
 
     def _member(self, entry: Entry) -> Member:
         slot = self._slot(entry.param)
@@ -242,10 +245,8 @@ class SubspaceOptimizer(FullrankOptimizer):
         """Whether a state tensor is spread as its parameter: where all that is kept can be."""
         return is_sharded(param) and shape == tuple(param.shape) and self._slot(param).spreads
 
-    def _advance(
-        self, members: list[Member], age: float | None, verdict: Verdict, writer: Writer
-    ) -> None:
-        first = members[0].slot
+    def _advance(self, members: list[Member], age: float | None, verdict: Verdict) -> None:
+        first, writer = members[0].slot, self._writer
         # What subspaces are fitted to must not be overwritten by the next one's.
         own = isinstance(first.subspace, Identity)
         grads = {
@@ -256,7 +257,7 @@ class SubspaceOptimizer(FullrankOptimizer):
         self._refresh([(m, grads[i]) for i, m in enumerate(members) if m.due])
         batch = Batch(
             group=first.group,
-            age=device_ages(members) if age is None else age,
+            age=device_ages([m.state for m in members]) if age is None else age,
             weights=[m.weight for m in members],
             states=[m.state for m in members],
             skip=verdict.skip.get(members[0].weight.device),
@@ -293,13 +294,25 @@ class SubspaceOptimizer(FullrankOptimizer):
                 self._adopt(member, self._injected(member))
         chosen = [(m, grad) for m, grad in each if m.given is None]
         fitted = self._fit(chosen)
+        fell_back = []
         for (member, _), new in zip(chosen, fitted, strict=True):
+            iterates = isinstance(new, IterativeSubspace)
+            iterated = iterates and new.steps > 0
             if member.slot.subspace.fitted:
                 new.align(member.slot.subspace)
+                if iterates and not iterated:
+                    fell_back.append(self._name(*member.slot.place))
             if not new.draws:
-                iterated = isinstance(new, IterativeSubspace) and new.steps > 0
                 self.refreshes["iteration" if iterated else "decomposition"] += 1
             self._adopt(member, new)
+        if fell_back:
+            _log.info(
+                "%d of %d bases were decomposed anew, where iteration would have kept too little "
+                "of the gradient's energy: %s",
+                len(fell_back),
+                len(chosen),
+                "; ".join(fell_back),
+            )
 
     def _injected(self, member: Member) -> Subspace:
         given = member.given if isinstance(member.given, tuple) else (member.given,)

@@ -117,6 +117,7 @@ ADAM: Mapping[str, Check] = {
     "weight_decay": at_least(0.0),
 }
 KEPT: Mapping[str, Check] = {
+    "gemm": one_of(None, "bfloat16"),
     "state_bits": one_of(32, 8),
     "min_8bit_size": whole,
     "stochastic_rounding": truth,
@@ -130,15 +131,6 @@ PROJECTED: Mapping[str, Check] = {
     "moments": one_of("keep", "reset", "rotate"),
     **KEPT,
 }
-
-
-def chosen(arguments: Mapping[str, Any], checks: Mapping[str, Check]) -> dict[str, Any]:
-    """Pick a constructor's arguments that are a group's defaults, by the checks for them.
-
-    >>> chosen({"self": None, "lr": 0.1, "nonfinite": "skip"}, {"lr": finite})
-    {'lr': 0.1}
-    """
-    return {name: arguments[name] for name in checks}
 
 
 def check_group(group: Group, checks: Mapping[str, Check]) -> None:

@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fullrank.optim.batching import batches, known_age
 from fullrank.optim.foundation import State
 from fullrank.optim.matrices import Slot
-
-# Small arrays are worked on a few matrices at a time: what is alive beside the state stays
-# bounded, and on a CPU the elementwise work finds its operands in the cache. Accelerators want
-# fewer, larger launches.
-_CHUNK = {"cpu": 1 << 18}
-_CHUNK_ELSEWHERE = 1 << 24
 
 
 @dataclass(slots=True)
@@ -40,29 +35,13 @@ def chunks(
 
     Yields their age with them, or None where only the device knows it.
     """
-    open_: dict[tuple[Any, ...], tuple[list[Member], int]] = {}
-    for member in members:
-        slot, state = member.slot, member.state
-        age = None
+
+    def alike(member: Member) -> tuple[tuple[Any, ...], torch.device]:
+        slot, age = member.slot, None
         if not device_knows(slot.param):
-            age = 1.0 if member.restarts else state["step"].item() - state["unseen"].item()
-        device = member.weight.device
-        key = (id(slot.group), device, slot.moments_dtype, type(slot.subspace), age)
-        chunk, size = open_.get(key, ([], 0))
-        chunk.append(member)
-        size += slot.small_size
-        open_[key] = (chunk, size)
-        if size >= _CHUNK.get(device.type, _CHUNK_ELSEWHERE):
-            del open_[key]
-            yield age, chunk
-    for key, (chunk, _) in open_.items():
+            age = 1.0 if member.restarts else known_age(member.state)
+        kind = id(slot.group), slot.moments_dtype, type(slot.subspace), age
+        return kind, member.weight.device
+
+    for key, chunk in batches(members, alike, lambda member: member.slot.small_size):
         yield key[-1], chunk
-
-
-def device_ages(members: list[Member]) -> Tensor:
-    """One age a matrix, on their device."""
-    unseen = torch.stack([m.state["unseen"] for m in members])
-    steps = [m.state["step"].item() for m in members]
-    if len(set(steps)) == 1:
-        return unseen.neg().add_(steps[0])
-    return torch.tensor(steps, device=unseen.device) - unseen

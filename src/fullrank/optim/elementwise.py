@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fullrank.optim.batching import batches, device_ages, known_age
 from fullrank.optim.foundation import State
 from fullrank.optim.inner import AdamW, Batch
-
-# As many elements are worked on together: on a CPU the operands stay in the cache.
-_CHUNK = {"cpu": 1 << 18}
-_CHUNK_ELSEWHERE = 1 << 24
 
 
 @dataclass(slots=True)
@@ -33,28 +30,13 @@ def alike(
 
     Of the same device and dtypes, and a bounded number of elements.
     """
-    open_: dict[tuple[Any, ...], tuple[list[Array], int]] = {}
-    for array in arrays:
-        age = None
-        if not device_knows(array.weight):
-            age = array.state["step"].item() - array.state["unseen"].item()
-        device = array.weight.device
-        key = (device, array.weight.dtype, array.grad.dtype, age)
-        chunk, size = open_.get(key, ([], 0))
-        chunk.append(array)
-        size += array.grad.numel()
-        open_[key] = (chunk, size)
-        if size >= _CHUNK.get(device.type, _CHUNK_ELSEWHERE):
-            del open_[key]
-            yield _ages(chunk) if age is None else age, chunk
-    for key, (chunk, _) in open_.items():
-        yield _ages(chunk) if key[-1] is None else key[-1], chunk
 
+    def kind(array: Array) -> tuple[tuple[Any, ...], torch.device]:
+        age = None if device_knows(array.weight) else known_age(array.state)
+        return (array.weight.dtype, array.grad.dtype, age), array.weight.device
 
-def _ages(arrays: list[Array]) -> Tensor:
-    unseen = torch.stack([array.state["unseen"] for array in arrays])
-    steps = torch.tensor([array.state["step"].item() for array in arrays])
-    return steps.to(unseen.device) - unseen
+    for (_, _, age), chunk in batches(arrays, kind, lambda array: array.grad.numel()):
+        yield device_ages([array.state for array in chunk]) if age is None else age, chunk
 
 
 def adamw_step(

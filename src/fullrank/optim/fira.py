@@ -15,8 +15,7 @@ from fullrank.optim.gradients import NonFinite
 from fullrank.optim.inner import AdamW, InnerUpdate, RMSprop
 from fullrank.optim.matrices import Parts
 from fullrank.optim.outside import ScaledResidual, scaled_side
-from fullrank.optim.projected import ProjectedOptimizer, Refresh
-from fullrank.optim.seeds import seed_of
+from fullrank.optim.projected import Gemm, ProjectedOptimizer, Refresh
 from fullrank.optim.subspace import MomentPolicy, ProjType
 
 Residual = Literal["official", "orthogonal"]
@@ -93,7 +92,7 @@ class FiraAdamW(_Fira):
     zero_start
         True lets a residual of zero start the limiter, as in the official code; it then stays
         near zero for a thousand steps. By default the first that is not zero starts it.
-    refresh, moments, correct_bias, state_bits, min_8bit_size, stochastic_rounding, generator
+    refresh, moments, correct_bias, gemm, state_bits, min_8bit_size, stochastic_rounding, generator
         As for :class:`GaLoreAdamW`.
     plan, nonfinite, projection_hook
         See :class:`SubspaceOptimizer`.
@@ -140,6 +139,7 @@ class FiraAdamW(_Fira):
         zero_start: bool = False,
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        gemm: Gemm | None = None,
         correct_bias: bool = True,
         state_bits: Literal[32, 8] = 32,
         min_8bit_size: int = 4096,
@@ -149,13 +149,7 @@ class FiraAdamW(_Fira):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, locals())
 
     def rule(self, group: dict[str, Any]) -> AdamW:
         """Adam with eps beside the uncorrected root."""
@@ -224,6 +218,7 @@ class FiraRMSprop(_Fira):
         zero_start: bool = False,
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        gemm: Gemm | None = None,
         state_bits: Literal[32, 8] = 32,
         min_8bit_size: int = 4096,
         stochastic_rounding: bool = False,
@@ -232,13 +227,7 @@ class FiraRMSprop(_Fira):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, locals())
 
     def rule(self, group: dict[str, Any]) -> RMSprop:
         """RMSprop, with what the group asks for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
 from fullrank.optim.checks import Check, check_group, one_of
-from fullrank.optim.gradients import NonFinite, Verdict, check_dense, host_decides, judge
+from fullrank.optim.gradients import NonFinite, Verdict, check_dense, host_decides, judge, norms
 from fullrank.optim.resume import restored
-from fullrank.optim.sharded import is_sharded, zeros
+from fullrank.optim.sharded import is_sharded, local, zeros
 
 State = dict[str, Any]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -40,6 +40,8 @@ class Entry:
         Whether something is about to be fitted to the gradient, which must be looked at first.
     usable
         Whether the gradient is finite and not all zero; only looked at where ``due``.
+    norms
+        What :meth:`FullrankOptimizer.norms` worked out of the gradient beside its norm.
     """
 
     param: Tensor
@@ -49,6 +51,15 @@ class Entry:
     state: State
     due: bool = False
     usable: bool = True
+    norms: Tensor | None = None
+
+
+def own_part(entry: Entry) -> Entry:
+    """Return what this process holds of a parameter that is spread; a whole one as it is."""
+    if not is_sharded(entry.param):
+        return entry
+    state = {name: local(value) for name, value in entry.state.items()}
+    return replace(entry, param=local(entry.param), grad=local(entry.grad), state=state)
 
 
 class FullrankOptimizer(Optimizer):
@@ -63,13 +74,15 @@ class FullrankOptimizer(Optimizer):
     ----------
     params
         Parameters, named parameters or param groups.
-    defaults
-        Values for groups that do not give their own: one for each of ``checks`` at least.
+    arguments
+        The subclass's own arguments by name, for which its ``locals()`` will do. Those that
+        ``checks`` names are the values of groups that do not give their own.
     nonfinite
-        What a NaN or an infinity in any gradient does. ``"skip"`` (default): the whole step is
-        left out, moments and weights stay as they are; decided on the device, without waiting
-        for it. ``"raise"``: :class:`~fullrank.core.InputError` before anything changes; reads
-        one flag from the device each step. ``"ignore"``: gradients are not looked at.
+        One of the arguments: what a NaN or an infinity in any gradient does. ``"skip"``
+        (default): the whole step is left out, moments and weights stay as they are; decided on
+        the device, without waiting for it. ``"raise"``: :class:`~fullrank.core.InputError` before
+        anything changes; reads one flag from the device each step. ``"ignore"``: gradients are
+        not looked at.
 
     Raises
     ------
@@ -81,16 +94,11 @@ class FullrankOptimizer(Optimizer):
     separable: ClassVar[bool] = True
     """Whether a parameter can be stepped without the others."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        *,
-        nonfinite: NonFinite = "skip",
-    ) -> None:
-        one_of("skip", "raise", "ignore")("nonfinite", nonfinite)
-        self.nonfinite: NonFinite = nonfinite
+    def __init__(self, params: Iterable[Any], arguments: Mapping[str, Any]) -> None:
+        one_of("skip", "raise", "ignore")("nonfinite", arguments["nonfinite"])
+        self.nonfinite: NonFinite = arguments["nonfinite"]
         self._places: dict[Tensor, tuple[int, int]] = {}
+        defaults = {name: arguments[name] for name in self.checks}
         check_group(defaults, self.checks)
         super().__init__(params, defaults)
 
@@ -114,6 +122,10 @@ class FullrankOptimizer(Optimizer):
     def due(self, entry: Entry) -> bool:
         """Whether something is about to be fitted to this gradient; the counters are not up yet."""
         return False
+
+    def norms(self, entries: Sequence[Entry]) -> Sequence[Tensor]:
+        """Return the Euclidean norm of each gradient, each finite exactly when that is."""
+        return norms([entry.grad for entry in entries])
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise :class:`InputError` on a group whose values do not go together."""
@@ -317,6 +329,7 @@ class FullrankOptimizer(Optimizer):
             [e.due for e in entries],
             self.nonfinite,
             lambda i: self._name(*entries[i].place),
+            lambda _: self.norms(entries),
         )
         torch._foreach_add_([e.state["step"] for e in entries], 1.0)
         if verdict.skip_all:

@@ -21,9 +21,8 @@ from fullrank.optim.inner import AdamW, InnerUpdate, Lion, Momentum
 from fullrank.optim.iterative import IterativeSubspace
 from fullrank.optim.matrices import Parts, make_slot, matrix_shape
 from fullrank.optim.outside import StateFree, StateFreeRule
-from fullrank.optim.projected import Refresh
+from fullrank.optim.projected import Gemm, Refresh, gemm_dtype
 from fullrank.optim.random_basis import RandomSubspace
-from fullrank.optim.seeds import seed_of
 from fullrank.optim.subspace import ProjType, SVDSubspace, side_of
 from fullrank.optim.whole import Identity, Nothing
 
@@ -85,8 +84,8 @@ class FrugalAdamW(SubspaceOptimizer):
     generator
         Seed of the random choices: a number, or a generator to draw it from; None is 0. Draws
         depend on it, the place of the weight and its steps alone: a resumed run finds the same.
-    state_bits, min_8bit_size, stochastic_rounding
-        As for :class:`GaLoreAdamW`.
+    gemm, state_bits, min_8bit_size, stochastic_rounding
+        As for :class:`GaLoreAdamW`; ``gemm`` is for ``"svd"`` and ``"random"``.
     proj_params
         Parameters of a group of their own with ``is_proj_params=True``.
     plan, nonfinite, projection_hook
@@ -154,6 +153,7 @@ class FrugalAdamW(SubspaceOptimizer):
         rank: int | None = None,
         proj_type: ProjType = "std",
         refresh: Refresh = "svd",
+        gemm: Gemm | None = None,
         state_bits: Literal[32, 8] = 32,
         min_8bit_size: int = 4096,
         stochastic_rounding: bool = False,
@@ -163,19 +163,13 @@ class FrugalAdamW(SubspaceOptimizer):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        arguments = {**locals(), "seed": seed_of(generator), "is_proj_params": False}
+        arguments = {**locals(), "is_proj_params": False}
         if proj_params is not None:
             own = list(proj_params)
             ids = {id(_tensor(each)) for each in own}
             rest = [each for each in params if id(_tensor(each)) not in ids]
             params = [{"params": rest}, {"params": own, "is_proj_params": True}]
-        super().__init__(
-            params,
-            valid.chosen(arguments, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, arguments)
 
     # -- which part of a weight ------------------------------------------------------------
 
@@ -251,11 +245,12 @@ class FrugalAdamW(SubspaceOptimizer):
         count = round(most * group["density"]) if rank is None else rank
         if count == 0 or count >= most:
             return Identity() if count else Nothing()
+        gemm = gemm_dtype(group)
         if group["subspace"] == "random":
-            return RandomSubspace(count, side)
+            return RandomSubspace(count, side, gemm=gemm)
         kind = SVDSubspace if group["refresh"] == "svd" else IterativeSubspace
         # A matrix has no more singular vectors than its shorter side is long.
-        return kind(min(count, *shape), side)
+        return kind(min(count, *shape), side, gemm=gemm)
 
     def projects(self, param: Tensor) -> bool:
         """Whether a parameter is in a group that is divided, and can be."""

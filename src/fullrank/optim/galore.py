@@ -14,8 +14,7 @@ from fullrank.optim.base import ProjectionHook
 from fullrank.optim.gradients import NonFinite
 from fullrank.optim.inner import Adafactor, AdamW
 from fullrank.optim.matrices import Parts
-from fullrank.optim.projected import ProjectedOptimizer, Refresh
-from fullrank.optim.seeds import seed_of
+from fullrank.optim.projected import Gemm, ProjectedOptimizer, Refresh
 from fullrank.optim.subspace import MomentPolicy, ProjType
 
 
@@ -51,12 +50,16 @@ class GaLoreAdamW(ProjectedOptimizer):
         ``"full"`` (both sides).
     refresh
         ``"svd"``: leading singular vectors of the current gradient, exactly. ``"subspace"``:
-        power iteration from the old basis, many times cheaper; falls back to the SVD where that
-        would capture less than 99.9 % of the SVD's energy.
+        power iteration from the old basis, many times cheaper; falls back to a decomposition
+        where that would capture less than 99.9 % of the SVD's energy, and logs it.
     moments
         At a refresh: ``"keep"`` reads the moments in the new basis as they are (paper; signs of
         basis vectors are aligned with the old ones), ``"reset"`` starts them and their bias
         correction over, ``"rotate"`` re-expresses the first moment in the new basis.
+    gemm
+        ``"bfloat16"``: matrix products into and out of the subspace round their factors to
+        bfloat16 and add up in float32, faster where the hardware has such products. Bases,
+        moments and weights stay as they are. None (default): in the weights' dtype.
     state_bits
         32, or 8 for moments in blockwise codes (projected or not; bases stay as they are).
     correct_bias
@@ -108,6 +111,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         proj_type: ProjType = "std",
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        gemm: Gemm | None = None,
         state_bits: Literal[32, 8] = 32,
         correct_bias: bool = True,
         min_8bit_size: int = 4096,
@@ -117,13 +121,7 @@ class GaLoreAdamW(ProjectedOptimizer):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, locals())
 
     def parts(self, group: dict[str, Any]) -> Parts:
         """Adam with eps beside the uncorrected root, and nothing outside."""
@@ -158,7 +156,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
     relative_step, warmup_init
         Derive the rate from the step: ``min(1e-2, 1 / sqrt(t))``, or ``min(1e-6 t, 1 / sqrt(t))``
         with ``warmup_init``.
-    rank, update_proj_gap, scale, proj_type, refresh, moments, state_bits, min_8bit_size, ...
+    rank, update_proj_gap, scale, proj_type, refresh, moments, gemm, state_bits, min_8bit_size, ...
         As for :class:`GaLoreAdamW`.
 
     Raises
@@ -211,6 +209,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
         proj_type: ProjType = "std",
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        gemm: Gemm | None = None,
         state_bits: Literal[32, 8] = 32,
         min_8bit_size: int = 4096,
         stochastic_rounding: bool = False,
@@ -226,13 +225,7 @@ class GaLoreAdafactor(ProjectedOptimizer):
             )
         if warmup_init and not relative_step:
             raise InputError("warmup_init=True needs relative_step=True")
-        super().__init__(
-            params,
-            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, locals())
 
     def parts(self, group: dict[str, Any]) -> Parts:
         """Adafactor, with a first moment where ``beta1`` asks for one."""

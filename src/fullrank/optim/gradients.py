@@ -76,6 +76,7 @@ def judge(
     due: Sequence[bool],
     nonfinite: NonFinite,
     name: Callable[[int], str],
+    measure: Callable[[Sequence[Tensor]], Sequence[Tensor]] = norms,
 ) -> Verdict:
     """Look at the gradients of a step, as far as anybody needs to know.
 
@@ -89,6 +90,8 @@ def judge(
         As in :class:`~fullrank.optim.SubspaceOptimizer`.
     name
         What to call gradient ``i`` in a message.
+    measure
+        How to find the norms of the gradients, each finite exactly when its gradient is.
 
     Raises
     ------
@@ -102,7 +105,7 @@ def judge(
     """
     if nonfinite == "ignore" and not any(due):
         return Verdict(False, [True] * len(grads))
-    found = norms(grads)
+    found = measure(grads)
     waits = nonfinite != "skip" or any(due) or all(host_decides(g.device) for g in grads)
     if not waits:
         return Verdict(False, [True] * len(grads), _flags(found))

@@ -14,9 +14,8 @@ from fullrank.optim.base import ProjectionHook
 from fullrank.optim.gradients import NonFinite
 from fullrank.optim.inner import AdamW
 from fullrank.optim.matrices import Parts, matrix_shape
-from fullrank.optim.projected import ProjectedOptimizer, Refresh
+from fullrank.optim.projected import Gemm, ProjectedOptimizer, Refresh
 from fullrank.optim.row_norm import Mode, OfficialRowNorm, RowNorm
-from fullrank.optim.seeds import seed_of
 from fullrank.optim.subspace import MomentPolicy, ProjType
 from fullrank.optim.whole import Identity
 
@@ -57,7 +56,7 @@ class GradNormLoRPAdamW(ProjectedOptimizer):
         whole in the state, so that no memory is saved; the gradient is projected as it is; the
         magnitudes start anew from ``||v||`` every step; both decay. There, what has no rank is
         reparametrised too, vectors as one row.
-    refresh, moments, correct_bias, state_bits, min_8bit_size, stochastic_rounding, generator
+    refresh, moments, correct_bias, gemm, state_bits, min_8bit_size, stochastic_rounding, generator
         As for :class:`GaLoreAdamW`. Magnitudes stay in 32 bits.
     plan, nonfinite, projection_hook
         See :class:`SubspaceOptimizer`. The hook sees the gradient of v.
@@ -108,6 +107,7 @@ class GradNormLoRPAdamW(ProjectedOptimizer):
         mode: Mode = "consistent",
         refresh: Refresh = "svd",
         moments: MomentPolicy = "keep",
+        gemm: Gemm | None = None,
         correct_bias: bool = True,
         state_bits: Literal[32, 8] = 32,
         min_8bit_size: int = 4096,
@@ -117,13 +117,7 @@ class GradNormLoRPAdamW(ProjectedOptimizer):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            valid.chosen({**locals(), "seed": seed_of(generator)}, self.checks),
-            nonfinite=nonfinite,
-            projection_hook=projection_hook,
-            plan=plan,
-        )
+        super().__init__(params, locals())
 
     def parts(self, group: dict[str, Any]) -> Parts:
         """GaLore's Adam on v, and one for the magnitudes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fullrank.optim.frugal import FrugalAdamW
 from fullrank.optim.galore import GaLoreAdamW
 from fullrank.optim.matrices import matrix_shape
 from fullrank.optim.memory import memory_table
+from fullrank.optim.patterns import matches
 
 Patterns = str | Sequence[str]
 
@@ -130,7 +130,7 @@ def param_groups(
     else:
         assert rank is not None
         optimizer.checks["rank"]("rank", rank)
-        chosen = _from_patterns(model, rank, _patterns(targets), _patterns(exclude))
+        chosen = _from_patterns(model, rank, targets, exclude)
     groups = _assemble(model, optimizer, chosen, options, one_rank=rank)
     if verbose:
         print(groups)
@@ -286,8 +286,7 @@ def _available(model: nn.Module, skip_head: bool) -> dict[str, Tensor]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for param in module.parameters(recurse=False)
     }
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if skip_head and callable(getter) else None
+    head = _head(model) if skip_head else None
     if head is not None:
         taken.update(id(param) for param in head.parameters())
     found: dict[str, Tensor] = {}
@@ -298,19 +297,36 @@ def _available(model: nn.Module, skip_head: bool) -> dict[str, Tensor]:
     return found
 
 
-def _from_patterns(
-    model: nn.Module, rank: int, targets: list[str], exclude: list[str]
-) -> dict[str, tuple[Tensor, int]]:
+def _head(model: nn.Module) -> nn.Module | None:
+    """The output head, as Hugging Face's models tell it; also of a model that something wraps."""
+    for module in model.modules():
+        getter: Any = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            found = getter()
+            return found if isinstance(found, nn.Module) else None
+    return None
+
+
+def projectable(
+    model: nn.Module, targets: Patterns | None = None, exclude: Patterns = ()
+) -> dict[str, Tensor]:
+    """Weights that can be projected, by canonical name of their layer; see :func:`param_groups`."""
     available = _available(model, skip_head=not targets)
+    return _picked(available, _patterns(targets), _patterns(exclude))
+
+
+def _from_patterns(
+    model: nn.Module, rank: int, targets: Patterns | None, exclude: Patterns
+) -> dict[str, tuple[Tensor, int]]:
     chosen = {
         name: (weight, rank)
-        for name, weight in _picked(available, targets, exclude).items()
+        for name, weight in projectable(model, targets, exclude).items()
         if rank < min(matrix_shape(weight.shape))
     }
     if not chosen:
         raise InputError(
             f"nothing to project: no layer wider than rank {rank} is named like "
-            f"{targets or 'anything'}; {_some(available)}"
+            f"{targets or 'anything'}; {_some(_available(model, skip_head=not targets))}"
         )
     return chosen
 
@@ -320,13 +336,13 @@ def _picked(
 ) -> dict[str, Tensor]:
     """Those that a target names, or all, without those that are excluded."""
     for pattern in exclude:
-        if not any(_matches(n, pattern) for n in available):
+        if not any(matches(n, pattern) for n in available):
             raise InputError(f"exclude: no layer is named like {pattern!r}; {_some(available)}")
     return {
         name: weight
         for name, weight in available.items()
-        if (not targets or any(_matches(name, p) for p in targets))
-        and not any(_matches(name, p) for p in exclude)
+        if (not targets or any(matches(name, p) for p in targets))
+        and not any(matches(name, p) for p in exclude)
     }
 
 
@@ -348,11 +364,6 @@ def _from_plan(model: nn.Module, plan: RankPlan) -> dict[str, tuple[Tensor, int]
 
 def _patterns(value: Patterns | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
-
-
-def _matches(name: str, pattern: str) -> bool:
-    wild = any(character in pattern for character in "*?[")
-    return fnmatchcase(name, pattern) if wild else pattern in name
 
 
 def _some(available: dict[str, Tensor]) -> str:

@@ -38,9 +38,14 @@ class IterativeSubspace(Projection):
     """
 
     def __init__(
-        self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
+        self,
+        rank: int,
+        side: Side,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        gemm: torch.dtype | None = None,
     ) -> None:
-        super().__init__(rank, side, left, right)
+        super().__init__(rank, side, left, right, gemm)
         self.steps = 0
 
     def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:

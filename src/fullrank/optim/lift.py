@@ -13,12 +13,13 @@ from torch import Tensor
 from fullrank.core.errors import InputError
 from fullrank.optim import checks as valid
 from fullrank.optim.elementwise import Array, adamw_step, alike
-from fullrank.optim.foundation import Entry, FullrankOptimizer, Spec, State
+from fullrank.optim.foundation import Entry, FullrankOptimizer, Spec, State, own_part
 from fullrank.optim.gradients import NonFinite, Verdict
-from fullrank.optim.gradients import norms as found_norms
 from fullrank.optim.inner import AdamW
 from fullrank.optim.inner.adamw import EpsMode
 from fullrank.optim.mask import PrincipalMask, SVDKind, budget, check_mask
+from fullrank.optim.mask_sharded import SpreadMask
+from fullrank.optim.sharded import check_placements, gathered, is_sharded, local, norm
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -28,7 +29,7 @@ class _Masked(Array):
     """The trained entries of one matrix, and where they go back to."""
 
     param: Tensor
-    mask: PrincipalMask
+    mask: PrincipalMask | SpreadMask
 
 
 class LIFT(FullrankOptimizer):
@@ -74,7 +75,7 @@ class LIFT(FullrankOptimizer):
     ------
     InputError
         On values out of range, ``lra_rank`` above a weight's shorter side; a tensor in a masked
-        group that is no matrix, is sharded, or quantised; sparse gradients.
+        group that is no matrix, is sharded by ZeRO-3, or quantised; sparse gradients.
 
     Warns
     -----
@@ -85,6 +86,7 @@ class LIFT(FullrankOptimizer):
     -----
     State of a masked matrix: two moments and one index (int32 while they fit) an entry, with
     half-precision weights a float32 copy too. Where ``k = m n`` the matrix gets plain AdamW.
+    Under FSDP2 weights are put together where entries are chosen; a step exchanges entries only.
     ``torch.nn.utils.clip_grad_norm_`` counts gradients of entries that rest;
     :meth:`clip_grad_norm_` here does not.
 
@@ -133,20 +135,9 @@ class LIFT(FullrankOptimizer):
         groups = [params] if isinstance(params, Tensor) else list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups, "rank": rank}]
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            # Of a group that gives none: AdamW.
-            "rank": None,
-            "lra_rank": lra_rank,
-            "update_interval": update_interval,
-            "svd": svd,
-            "eps_mode": eps_mode,
-            "master_weights": master_weights,
-        }
-        super().__init__(groups, defaults, nonfinite=nonfinite)
+        self._spread: dict[Tensor, SpreadMask] = {}
+        # A group that gives no rank gets AdamW.
+        super().__init__(groups, {**locals(), "rank": None})
         if all(rank is None for group in self.param_groups for rank in valid.ranks_of(group)):
             warnings.warn(
                 "no param group has a rank: every parameter is stepped by AdamW. See "
@@ -167,11 +158,13 @@ class LIFT(FullrankOptimizer):
                 check_mask(param.shape, rank, lra_rank)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
-            if hasattr(param, "full_tensor") or hasattr(param, "ds_id"):
+            if hasattr(param, "ds_id"):
                 raise InputError(
-                    f"{name} is sharded; a mask needs the whole weight. Use DDP, or a group "
-                    "without rank for it"
+                    f"{name} is sharded by ZeRO-3; a mask needs to find its entries. Use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard) or DDP, or a group without rank for it"
                 )
+            if is_sharded(param):
+                check_placements(param, name)
 
     def _mask(self, param: Tensor, group: dict[str, Any]) -> PrincipalMask | None:
         """The (not yet fitted) mask of a parameter, None where all of it is trained."""
@@ -212,18 +205,19 @@ class LIFT(FullrankOptimizer):
         """Choose the first mask, from the weight before its first step."""
         mask = self._mask(param, group)
         if mask is not None:
-            fitted = self._fit(mask, param, step=0)
+            weight = gathered(param)
+            fitted = self._fit(mask, param, weight, step=0)
             state["indices"].copy_(fitted.state["indices"])
             if "master" in state:
-                state["master"].copy_(fitted.down(param))
+                state["master"].copy_(fitted.down(weight))
 
-    def _fit(self, mask: PrincipalMask, param: Tensor, step: int) -> PrincipalMask:
+    def _fit(self, mask: PrincipalMask, param: Tensor, weight: Tensor, step: int) -> PrincipalMask:
         generator = None
         if mask.svd == "randomized":
             g, i = self.place_of(param)
             generator = torch.Generator().manual_seed((g * 1_000_003 + i) * 1_000_003 + step)
         try:
-            return mask.fit(param, param, generator)
+            return mask.fit(weight, weight, generator)
         except InputError as error:
             raise InputError(f"{self.name_of(param)}: {error}") from error
 
@@ -256,8 +250,9 @@ class LIFT(FullrankOptimizer):
     def _array(self, entry: Entry) -> Array:
         param, state = entry.param, entry.state
         if "indices" not in state:
-            return Array(param, entry.grad, state)
-        mask = self._fitted(entry)
+            part = own_part(entry)
+            return Array(part.param, part.grad, part.state)
+        mask = self._entries_of(entry)
         weight, grad = mask.down(param), mask.down(entry.grad)
         if "master" in state:
             master = state["master"]
@@ -272,17 +267,33 @@ class LIFT(FullrankOptimizer):
         assert mask is not None
         return mask.restore(entry.state)
 
+    def _entries_of(self, entry: Entry) -> PrincipalMask | SpreadMask:
+        if not is_sharded(entry.param):
+            return self._fitted(entry)
+        if entry.param not in self._spread:
+            self._spread[entry.param] = SpreadMask(entry.state["indices"], entry.param)
+        return self._spread[entry.param]
+
     def _refresh(self, entry: Entry) -> None:
         param, state = entry.param, entry.state
-        old = self._fitted(entry)
-        new = self._fit(old, param, step=int(state["step"].item()))
+        old, weight = self._fitted(entry), gathered(entry.param)
+        new = self._fit(old, param, weight, step=int(state["step"].item()))
         new.transport(old, [state["exp_avg"], state["exp_avg_sq"]], "keep")
         if "master" in state:
             kept, place = new.overlap(old)
-            master, fresh = state["master"], new.down(param)
+            master, fresh = state["master"], new.down(weight)
             master.copy_(torch.where(kept, master[place], fresh.to(master.dtype)))
         state["indices"].copy_(new.state["indices"])
         state["refreshed"].copy_(state["step"])
+        self._spread.pop(param, None)
+
+    def forget(self) -> None:
+        """Drop where the entries of spread weights are."""
+        super().forget()
+        self._spread.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_spread": {}}
 
     # -- beside the step -------------------------------------------------------------------
 
@@ -303,13 +314,16 @@ class LIFT(FullrankOptimizer):
         entries = list(self._entries())
         if not entries:
             return torch.zeros(())
-        norms = found_norms([self._array(entry).grad for entry in entries])
-        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        trained = [
+            self._array(entry).grad if "indices" in entry.state else entry.grad for entry in entries
+        ]
+        norms = [norm(grad) for grad in trained]
+        total: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0]) for each in norms]))
         factor = (max_norm / (total + 1e-6)).clamp_max(1.0)
         for entry in entries:
-            entry.grad.mul_(factor.to(entry.grad))
-        norm: Tensor = total
-        return norm
+            grad = local(entry.grad)
+            grad.mul_(factor.to(grad))
+        return total
 
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each masked parameter that has been stepped with its ``(m, n)`` bool mask."""

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
+from fullrank.optim.batching import batches
 from fullrank.optim.foundation import Entry
-
-# Pairs of a shape are adjusted together, up to as many elements: their factors and gradients are
-# copied into stacks.
-_STACK = {"cpu": 1 << 18}
-_STACK_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,14 +259,17 @@ class PairStep:
 
 
 def stacks(steps: Iterable[PairStep]) -> Iterator[list[PairStep]]:
-    """Pairs that can be adjusted together: same shapes, scaling, dtype and device."""
-    open_: dict[tuple[Any, ...], list[PairStep]] = {}
-    for step in steps:
-        A = step.pair.A
-        m, n, r = step.pair.shape
-        key = (m, n, r, step.pair.scaling, A.dtype, step.A.grad.dtype, A.device)
-        stack = open_.setdefault(key, [])
-        stack.append(step)
-        if len(stack) * r * (m + n) >= _STACK.get(A.device.type, _STACK_ELSEWHERE):
-            yield open_.pop(key)
-    yield from open_.values()
+    """Pairs that can be adjusted together: same shapes, scaling, dtype and device.
+
+    Their factors and gradients are copied into stacks, so not too many at a time.
+    """
+
+    def kind(step: PairStep) -> tuple[tuple[Any, ...], torch.device]:
+        pair, A = step.pair, step.pair.A
+        return (pair.shape, pair.scaling, A.dtype, step.A.grad.dtype), A.device
+
+    def size(step: PairStep) -> int:
+        return step.pair.A.numel() + step.pair.B.numel()
+
+    for _, stack in batches(steps, kind, size):
+        yield stack

@@ -145,19 +145,7 @@ class LoRAPro(FullrankOptimizer):
         self._pair_of = {half: pair for pair in self._pairs for half in (pair.A, pair.B)}
         if len(self._pair_of) < 2 * len(self._pairs):
             raise InputError("a factor is in two pairs; each may be in one")
-        defaults = {
-            "lr": lr,
-            "optimizer": optimizer,
-            "mode": mode,
-            "x": x,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "relative_delta": relative_delta,
-            "decay_base": decay_base,
-        }
-        super().__init__(groups, defaults, nonfinite=nonfinite)
+        super().__init__(groups, locals())
         warn_half_precision(self._pairs)
         self._warn_of_memory()
 

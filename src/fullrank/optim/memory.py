@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fullrank.core.errors import InputError
 from fullrank.core.table import Table
 from fullrank.optim.foundation import FullrankOptimizer
+from fullrank.optim.sharded import local
 
 
 def human_bytes(count: int) -> str:
@@ -27,17 +28,20 @@ def human_bytes(count: int) -> str:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors that an optimizer holds now.
+    """Bytes of all tensors that an optimizer holds now in this process; MKOR's factors count.
 
     Counts what is kept alive: a slice that holds on to a larger tensor costs the whole of it.
     """
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    }
-    return sum(storages.values())
+    # accelerate's, for one, wraps another.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    storages = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                storage = local(value).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    beside = getattr(optimizer, "factor_bytes", None)
+    return sum(storages.values()) + (0 if beside is None else beside())
 
 
 def memory_table(

@@ -358,7 +358,8 @@ class MKOR(Optimizer):
         if not isinstance(own, dict):
             raise InputError(
                 "this is the state of another optimizer: it has no 'mkor'. A state of the inner "
-                "optimizer alone is for optimizer.inner.load_state_dict"
+                "optimizer alone is for optimizer.inner.load_state_dict. Torch's get_state_dict "
+                "leaves out what belongs to no parameter: save optimizer.state_dict() itself"
             )
         if own["inner"] != type(self.inner).__name__:
             raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from fullrank.core.names import canonical_name
 from fullrank.optim.mkor_factors import InverseFactor
 from fullrank.optim.mkor_settings import Settings
 from fullrank.optim.mkor_statistics import Statistics, clipped_sum, mean_patches
+from fullrank.optim.patterns import matches
 
 Exclude = str | nn.Module | Sequence[str | nn.Module]
 
@@ -300,8 +300,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is(each: str | nn.Module, name: str, module: nn.Module) -> bool:
     if isinstance(each, nn.Module):
         return each is module
-    wild = any(character in each for character in "*?[")
-    return fnmatchcase(name, each) if wild else each in name
+    return matches(name, each)
 
 
 @dataclass(slots=True)

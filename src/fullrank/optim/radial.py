@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.optim.channels import Channels, channels_of
+from fullrank.optim.sharded import local
 
 NONE, CHANNEL, LAYER = 0, 1, 2
 """What a test can find: no view passes, every channel does, the layer as a whole does."""
@@ -35,8 +37,10 @@ class RadialTest:
         ``(channels,)`` norms of their rows.
     size
         Elements of a row.
-    delta, eps, channel_dim
+    delta, eps
         As they were given.
+    channels
+        How sums over the weight's channels are made.
     """
 
     def __init__(
@@ -47,10 +51,10 @@ class RadialTest:
         size: int,
         delta: float,
         eps: float,
-        channel_dim: int,
+        channels: Channels,
     ) -> None:
         self.dots, self.grad_norms, self.weight_norms = dots, grad_norms, weight_norms
-        self.size, self.delta, self.channel_dim = size, delta, channel_dim
+        self.size, self.delta, self.channels = size, delta, channels
         # A row of zeros must not divide by zero, eps or none; the square of this is normal.
         self.eps = max(eps, _LEAST_EPS)
         self._settled: int | None = None
@@ -96,7 +100,7 @@ class RadialTest:
         Parameters
         ----------
         weight, update
-            Tensors of one shape.
+            Tensors of one shape; of a weight that is spread over processes, this one's parts.
         scratch
             Memory for their product; see :func:`scale_invariance`.
 
@@ -106,16 +110,19 @@ class RadialTest:
             ``c``, which broadcasts against the weight: one number a channel, or one for the
             layer where it is known that this is the branch; zeros where no view passed.
         """
-        along = _dot(rows(weight, self.channel_dim), rows(update, self.channel_dim), scratch)
-        shape = [1] * weight.dim()
-        shape[self.channel_dim] = -1
+        return self.held(self.channels.dots(weight, update, scratch), weight)
+
+    def held(self, along: Tensor, weight: Tensor) -> Tensor:
+        """The same from the products of weight and update, channel by channel."""
         if self._settled == CHANNEL:
-            return self._by_channel(along).view(shape)
-        if self._settled == LAYER:
-            return self._by_layer(along)
-        branch = self.branch
-        found = torch.where(branch == CHANNEL, self._by_channel(along), self._by_layer(along))
-        return torch.where(branch == NONE, torch.zeros_like(found), found).view(shape)
+            found = self._by_channel(along)
+        elif self._settled == LAYER:
+            found = self._by_layer(along)
+        else:
+            branch = self.branch
+            found = torch.where(branch == CHANNEL, self._by_channel(along), self._by_layer(along))
+            found = torch.where(branch == NONE, torch.zeros_like(found), found)
+        return self.channels.beside(found, weight)
 
     def _by_channel(self, along: Tensor) -> Tensor:
         return torch.div(along, (self.weight_norms + self.eps).square_())
@@ -132,26 +139,6 @@ class RadialTest:
         return torch.where(self.branch == NONE, one, one * wd_ratio)
 
 
-def rows(tensor: Tensor, channel_dim: int = 0) -> Tensor:
-    """Read a tensor as ``(channels, rest)`` in float32 at least; a view where that is possible.
-
-    >>> rows(torch.zeros(4, 3, 2, 2)).shape, rows(torch.zeros(4, 3, 2, 2), channel_dim=1).shape
-    (torch.Size([4, 12]), torch.Size([3, 16]))
-    """
-    matrix = tensor
-    if channel_dim != 0 or tensor.dim() != 2:
-        matrix = tensor.movedim(channel_dim, 0).flatten(1)
-    return matrix.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _dot(a: Tensor, b: Tensor, scratch: Tensor | None) -> Tensor:
-    """Row by row."""
-    if scratch is None or scratch.dtype != a.dtype:
-        dots: Tensor = torch.linalg.vecdot(a, b)
-        return dots
-    return torch.mul(a, b, out=scratch[: a.numel()].view(a.shape)).sum(1)
-
-
 def scale_invariance(
     weight: Tensor,
     grad: Tensor,
@@ -159,6 +146,7 @@ def scale_invariance(
     eps: float = 1e-8,
     channel_dim: int = 0,
     scratch: Tensor | None = None,
+    grad_norms: Tensor | None = None,
 ) -> RadialTest:
     """Test whether a weight looks scale-invariant: is its gradient orthogonal to it?
 
@@ -170,7 +158,8 @@ def scale_invariance(
     Parameters
     ----------
     weight, grad
-        A weight of two or more dimensions before the step, and its raw gradient.
+        A weight of two or more dimensions before the step, and its raw gradient; whole, or
+        spread over processes.
     delta
         Threshold on the cosine, relative to a random direction's ``1 / sqrt(d)``: 0.1.
     eps
@@ -180,6 +169,8 @@ def scale_invariance(
     scratch
         At least as many elements as the weight has, to be written over: many weights tested in
         the same memory find it in the cache.
+    grad_norms
+        Norms of the gradient's channels, where they are known.
 
     Returns
     -------
@@ -195,10 +186,13 @@ def scale_invariance(
     >>> scale_invariance(weight, torch.tensor([[2.0, 0.0], [0.0, -1.0]])).settle()  # only the sum
     2
     """
-    w, g = rows(weight, channel_dim), rows(grad, channel_dim)
-    dots = _dot(g, w, scratch)
-    g_norms, w_norms = (torch.linalg.vector_norm(x, dim=1) for x in (g, w))
-    return RadialTest(dots, g_norms, w_norms, w.shape[1], delta, eps, channel_dim)
+    channels = channels_of(weight, channel_dim)
+    size = weight.numel() // weight.shape[channel_dim]
+    w, g = local(weight), local(grad)
+    dots = channels.dots(g, w, scratch)
+    if grad_norms is None:
+        grad_norms = channels.norms(g)
+    return RadialTest(dots, grad_norms, channels.norms(w), size, delta, eps, channels)
 
 
 def project_radial(

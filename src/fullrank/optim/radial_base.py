@@ -11,9 +11,11 @@ from torch import Tensor
 from fullrank.core.errors import InputError
 from fullrank.optim import checks as valid
 from fullrank.optim import gradients
-from fullrank.optim.foundation import COUNTERS, Entry, FullrankOptimizer
-from fullrank.optim.gradients import NonFinite, Verdict
+from fullrank.optim.channels import channels_of
+from fullrank.optim.foundation import COUNTERS, Entry, FullrankOptimizer, own_part
+from fullrank.optim.gradients import Verdict
 from fullrank.optim.radial import NONE, RadialTest, scale_invariance
+from fullrank.optim.sharded import check_placements, is_sharded, local
 
 
 def _dimension(name: str, value: Any) -> None:
@@ -67,21 +69,21 @@ class RadialOptimizer(FullrankOptimizer):
         "channel_dim": _dimension,
     }
 
-    def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, nonfinite: NonFinite
-    ) -> None:
+    def __init__(self, params: Iterable[Any], arguments: Mapping[str, Any]) -> None:
         self._branches: dict[Tensor, int | Tensor] = {}
-        super().__init__(params, defaults, nonfinite=nonfinite)
+        super().__init__(params, arguments)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Weights must come in their own shape: rows and norms are what is tested."""
         for param in group["params"]:
-            kind = type(param).__name__
-            if kind in ("DTensor", "FlatParameter"):
+            if type(param).__name__ == "FlatParameter":
                 raise InputError(
-                    f"{self.name_of(param)} is a {kind}: {type(self).__name__} needs whole weights "
-                    "(rows and their norms); use DDP instead of FSDP"
+                    f"{self.name_of(param)} is a FlatParameter, which has no rows: "
+                    f"{type(self).__name__} tests the rows of each weight. Use FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard) or DDP instead of FSDP1"
                 )
+            if is_sharded(param):
+                check_placements(param, self.name_of(param))
             if param.dim() > 1 and not -param.dim() <= group["channel_dim"] < param.dim():
                 raise InputError(
                     f"channel_dim={group['channel_dim']}, but {self.name_of(param)} "
@@ -100,33 +102,47 @@ class RadialOptimizer(FullrankOptimizer):
         found = self._branches.get(param)
         return None if found is None else int(found)
 
+    def norms(self, entries: Sequence[Entry]) -> Sequence[Tensor]:
+        """Norms of the gradients by those of their rows, which the test needs too: one pass."""
+        vectors = [entry for entry in entries if not _tested(entry.param)]
+        found = dict(zip(map(id, vectors), super().norms(vectors), strict=True))
+        for entry in entries:
+            if _tested(entry.param):
+                channels = channels_of(entry.param, entry.group["channel_dim"])
+                entry.norms = channels.norms(local(entry.grad))
+                found[id(entry)] = torch.linalg.vector_norm(entry.norms)
+        return [found[id(entry)] for entry in entries]
+
     def advance(self, entries: list[Entry], verdict: Verdict) -> None:
         """Test, update the moments, and step, one parameter after the other."""
-        scratch = Scratch(entries)
         for entry in entries:
-            param, group, found = entry.param, entry.group, None
-            if group["maximize"]:
+            if entry.group["maximize"]:
                 entry.grad = entry.grad.neg()
-            if param.dim() > 1 and param.numel():
+        parts = [own_part(entry) for entry in entries]
+        scratch = Scratch(parts)
+        for entry, part in zip(entries, parts, strict=True):
+            param, group, found = entry.param, entry.group, None
+            if _tested(param):
                 found = scale_invariance(
                     param,
                     entry.grad,
                     group["delta"],
                     group["eps"],
                     group["channel_dim"],
-                    scratch.of(param),
+                    scratch.of(part.param),
+                    entry.norms,
                 )
                 if not gradients.host_decides(param.device):
                     self._branches[param] = found.branch
                 else:
                     self._branches[param] = found.settle()
                     found = None if found.settle() == NONE else found
-            self.advance_one(entry, found, verdict.skip.get(param.device), scratch)
+            self.advance_one(part, found, verdict.skip.get(param.device), scratch)
 
     def advance_one(
         self, entry: Entry, found: RadialTest | None, skip: Tensor | None, scratch: Scratch
     ) -> None:
-        """Step one parameter; ``found`` is None where nothing is projected."""
+        """Step one parameter, or this process' part of it; ``found``: None projects nothing."""
         raise NotImplementedError
 
     def move(
@@ -197,6 +213,11 @@ class RadialOptimizer(FullrankOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_branches": {}}
+
+
+def _tested(param: Tensor) -> bool:
+    """Vectors are not, nor is what has no elements."""
+    return param.dim() > 1 and param.numel() > 0
 
 
 def _completed(

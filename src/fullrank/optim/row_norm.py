@@ -187,5 +187,5 @@ def _scaled_rows(subspace: Any, small: Tensor, rows: Tensor) -> tuple[Any, Tenso
     """Return a subspace and a small array whose image is ``rows * up(small)``."""
     if isinstance(subspace, Projection) and subspace.left is not None:
         left = subspace.left * rows.to(subspace.left.dtype)
-        return Projection(subspace.rank, subspace.side, left, subspace.right), small
+        return Projection(subspace.rank, subspace.side, left, subspace.right, subspace.gemm), small
     return subspace, small * rows.to(small.dtype)

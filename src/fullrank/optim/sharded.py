@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fullrank.core.errors import InputError
+
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a tensor spread over processes."""
@@ -33,6 +35,51 @@ def gathered(tensor: Tensor) -> Tensor:
     """Return the whole, on every process."""
     whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return whole
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """Return the Euclidean norm of the whole."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return gathered(torch.linalg.vector_norm(tensor, dtype=wide))
+
+
+def lines(tensor: Any, dim: int) -> Tensor:
+    """Return which indices of a dimension this process holds of a spread tensor, ascending."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = tensor.device_mesh
+    every = torch.arange(tensor.shape[dim], device=tensor.device)
+    same = DTensor.from_local(every, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    own: Tensor = same.redistribute(placements=along(tensor, dim)).to_local()
+    return own
+
+
+def along(tensor: Any, dim: int) -> list[Any]:
+    """Return how a vector is spread that has one number for each index of a dimension."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    axis = dim % tensor.dim()
+    return [Shard(0) if p.is_shard(axis) else Replicate() for p in tensor.placements]
+
+
+def summed(parts: Tensor, like: Any) -> Tensor:
+    """Add up what the processes that hold different parts of a spread tensor have of a whole."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Replicate() if p.is_replicate() else Partial() for p in like.placements]
+    return gathered(DTensor.from_local(parts, like.device_mesh, placements, run_check=False))
+
+
+def check_placements(weight: Any, name: str) -> None:
+    """Raise :class:`InputError` on a weight that is spread in a way that sums cannot follow."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    for placement in weight.placements:
+        if not isinstance(placement, Shard | Replicate):
+            raise InputError(
+                f"{name} is spread as {placement}; only Shard and Replicate can be followed. "
+                "Use FSDP2 or tensor parallelism for this weight, not both"
+            )
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

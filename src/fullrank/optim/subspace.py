@@ -130,13 +130,21 @@ class Projection:
         ``"left"``, ``"right"`` or ``"full"``; see :func:`side_of`.
     left, right
         The bases; absent until :meth:`fit` or :meth:`restore`.
+    gemm
+        Dtype that ``down``, ``up`` and ``residual`` round factors of matrix products to (sums are
+        in float32); None leaves them as they are.
     """
 
     draws = False
     entrywise = False
 
     def __init__(
-        self, rank: int, side: Side, left: Tensor | None = None, right: Tensor | None = None
+        self,
+        rank: int,
+        side: Side,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        gemm: torch.dtype | None = None,
     ) -> None:
         if rank < 1:
             raise InputError(f"a subspace of rank {rank}; the rank must be at least 1")
@@ -144,6 +152,7 @@ class Projection:
         self.side: Side = side
         self.left = left
         self.right = right
+        self.gemm = gemm
         # `fit` may have projected its gradient already: (that gradient, the result).
         self._ready: tuple[Tensor, Tensor] | None = None
         self._fitted: bool | None = None
@@ -183,11 +192,12 @@ class Projection:
 
     def restore(self, state: dict[str, Tensor]) -> Self:
         """Return the projection with the bases in ``state``."""
-        return type(self)(self.rank, self.side, state.get("basis_left"), state.get("basis_right"))
+        left, right = state.get("basis_left"), state.get("basis_right")
+        return type(self)(self.rank, self.side, left, right, self.gemm)
 
     def _with(self, left: Tensor | None, right: Tensor | None) -> Self:
         """Return the projection on bases that were just made: nobody needs to look at them."""
-        new = type(self)(self.rank, self.side, left, right)
+        new = type(self)(self.rank, self.side, left, right, self.gemm)
         new._fitted = True
         new._exact = all(b.dtype in _PRECISE for b in new.state.values())
         return new
@@ -218,32 +228,42 @@ class Projection:
             return out.copy_(self.down(grad))
         if left is None:
             assert right is not None
-            return torch.mm(grad, right.t(), out=out)
+            return self._mm(grad, right.t(), out)
         if right is None:
-            return torch.mm(left.t(), grad, out=out)
-        return torch.mm(left.t() @ grad, right.t(), out=out)
+            return self._mm(left.t(), grad, out)
+        return self._mm(self._mm(left.t(), grad), right.t(), out)
+
+    def _mm(self, first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.gemm is None:
+            return torch.mm(first, second, out=out)
+        product = torch.mm(first.to(self.gemm), second.to(self.gemm))
+        return product.to(first.dtype) if out is None else out.copy_(product)
 
     def up(
         self, small: Tensor, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
     ) -> Tensor:
         """Return ``beta * out + alpha * back(small)``; one GEMM and no full-size temporary."""
+        first, second = self._factors(small)
+        if out is None:
+            return torch.mm(first, second).to(small.dtype).mul_(alpha)
+        if out.dtype != first.dtype:
+            return out.mul_(beta).add_(torch.mm(first, second), alpha=alpha)
+        return out.addmm_(first, second, beta=beta, alpha=alpha)
+
+    def _factors(self, small: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``back(small)`` is the product of, in the dtype of the GEMM."""
         left, right = self._bases()
         basis = left if left is not None else right
         assert basis is not None
         # Half-precision bases meet moments in float32: the GEMM runs in the weights' dtype.
-        small = small.to(basis.dtype)
+        small, dtype = small.to(basis.dtype), self.gemm or basis.dtype
         if left is None:
-            assert right is not None
-            first, second = small, right
+            first, second = small, basis
         elif right is None:
             first, second = left, small
         else:
-            first, second = left @ small, right
-        if out is None:
-            return torch.mm(first, second).mul_(alpha)
-        if out.dtype != basis.dtype:
-            return out.mul_(beta).add_(torch.mm(first, second), alpha=alpha)
-        return out.addmm_(first, second, beta=beta, alpha=alpha)
+            first, second = self._mm(left, small), right
+        return first.to(dtype), second.to(dtype)
 
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         if self.left is None and self.right is None:
@@ -252,15 +272,19 @@ class Projection:
 
     def residual(self, grad: Tensor, small: Tensor, out: Tensor) -> Tensor:
         """Write ``G - back(small)`` to ``out``; one GEMM."""
-        left, right = self._bases()
-        if left is not None:
-            first, second = left, (small if right is None else small.to(right.dtype) @ right)
+        first, second = self._factors(small)
+        if first.dtype == out.dtype:
+            # Not addmm: it would copy the gradient first.
+            torch.mm(first, second, out=out)
         else:
-            assert right is not None
-            first, second = small, right
-        # Not addmm: it would copy the gradient first.
-        torch.mm(first.to(grad.dtype), second.to(grad.dtype), out=out)
+            out.copy_(torch.mm(first, second))
         return torch.sub(grad, out, out=out)
+
+    def rows(self, band: slice, *small: Tensor) -> tuple[Self, list[Tensor]]:
+        """Return the subspace of some rows of the matrix, with their part of small arrays."""
+        if self.left is None:
+            return self, [each[band] for each in small]
+        return self._with(self.left[band], self.right), list(small)
 
     def line_norms(self, small: Tensor, own: Tensor) -> Tensor:
         """Squared norms of ``back(small)``: its rows' for ``right``, its columns' for ``left``.

@@ -23,8 +23,13 @@ from fullrank.optim.whole import Identity
 _HALF = (torch.bfloat16, torch.float16)
 
 
+# Arrays of at most so many elements stay for the next step, as a CPU's allocator would give their
+# pages back to the system, which hands them out anew one by one.
+_KEPT = 1 << 19
+
+
 class Writer:
-    """Writes the steps of one call; owns the arrays that are worked in meanwhile.
+    """Writes steps; owns the arrays that are worked in meanwhile.
 
     Parameters
     ----------
@@ -53,11 +58,7 @@ class Writer:
         return buffer.view(like.shape)
 
     def small_arrays(self, members: list[Member], name: str) -> list[Tensor]:
-        """Return one array of the small shape a matrix; the next chunk gets the same memory.
-
-        Fresh memory for each would cost more than the work that is done in it: the system hands
-        out pages of zeros one by one.
-        """
+        """Return one array of the small shape a matrix; the next chunk gets the same memory."""
         # The whole of a sharded parameter is, here, this process' part of it.
         shapes = [
             m.grad.shape if isinstance(m.slot.subspace, Identity) else m.slot.small_shape
@@ -76,6 +77,12 @@ class Writer:
             buffer = torch.empty(size, device=device, dtype=dtype)
             self._buffers[key] = buffer
         return buffer[:size]
+
+    def trim(self) -> None:
+        """Give back what is not small, until the next step."""
+        self._buffers = {
+            key: buffer for key, buffer in self._buffers.items() if buffer.numel() <= _KEPT
+        }
 
     # -- whole batches ---------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from fullrank.optim.inner.moments import Moments
 
 EpsMode = Literal["uncorrected", "corrected"]
 
-# Where torch has a fused Adam kernel that we have tried.
-_FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch has fused kernels that we have tried."""
 
 
 class AdamW:
@@ -48,7 +48,7 @@ class AdamW:
         """Adam's direction; see the class for eps."""
         means, squares = (self.moments.load(batch, name) for name in ("exp_avg", "exp_avg_sq"))
         unknown = isinstance(batch.age, Tensor) or batch.skip is not None
-        if unknown or batch.direction[0].device.type not in _FUSED_DEVICES:
+        if unknown or batch.direction[0].device.type not in FUSED_DEVICES:
             size = self._by_foreach(batch, means, squares)
         else:
             size = self._by_kernel(batch, means, squares)
@@ -138,7 +138,7 @@ class AdamW:
 
     def dense(self, batch: Batch, alpha: float, beta: float) -> bool:
         """Fused over weights, gradients and moments, where they are plain and of one dtype."""
-        if isinstance(batch.age, Tensor) or batch.weights[0].device.type not in _FUSED_DEVICES:
+        if isinstance(batch.age, Tensor) or batch.weights[0].device.type not in FUSED_DEVICES:
             return False
         means, squares = ([s[k] for s in batch.states] for k in ("exp_avg", "exp_avg_sq"))
         dtype = batch.weights[0].dtype
