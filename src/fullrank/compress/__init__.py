@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from fullrank.compress.layers import LowRankLinear as LowRankLinear
     from fullrank.compress.lord import LoRDConfig as LoRDConfig
     from fullrank.compress.lord import lord_compress as lord_compress
+    from fullrank.compress.maestro import Maestro as Maestro
     from fullrank.compress.matrices import Matricised as Matricised
     from fullrank.compress.matrices import matricise as matricise
+    from fullrank.compress.pela import pela_compress as pela_compress
+    from fullrank.compress.pela_loss import PELALoss as PELALoss
     from fullrank.compress.planning import layer_spectra as layer_spectra
     from fullrank.compress.planning import make_plan as make_plan
     from fullrank.compress.solvers import Decomposition as Decomposition
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from fullrank.compress.store import load as load
     from fullrank.compress.store import save as save
     from fullrank.compress.targets import factorisable as factorisable
+    from fullrank.compress.trp import TRP as TRP
     from fullrank.core.plan import RankPlan as RankPlan
     from fullrank.core.rank_rules import Energy as Energy
     from fullrank.core.rank_rules import Fixed as Fixed
@@ -54,7 +58,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["factorize", "report"], "factorization"),
         "LowRankLinear": "layers",
         **dict.fromkeys(["LoRDConfig", "lord_compress"], "lord"),
+        "Maestro": "maestro",
         **dict.fromkeys(["Matricised", "matricise"], "matrices"),
+        "pela_compress": "pela",
+        "PELALoss": "pela_loss",
+        "PELATrainer": "pela_trainer",
+        "TRP": "trp",
         **dict.fromkeys(["layer_spectra", "make_plan"], "planning"),
         **dict.fromkeys(["Candidate", "FloorError", "Shrunk"], "curve"),
         **dict.fromkeys(["Decomposition", "Factors", "decompose", "split"], "solvers"),
