@@ -112,7 +112,7 @@ class Ordered(nn.Module):
             "Maestro.export or Maestro.prune"
         )
 
-    def to_dense(self) -> nn.Module:
+    def to_dense(self) -> Any:
         """Return the dense layer that computes the same, hidden components left out."""
         return _plain_layer(self).to_dense()
 
