@@ -73,7 +73,7 @@ class Size:
 # texts), base is for a GPU.
 _SIZES = (
     Size("tiny", 96, 2, 4, context=64, batch=4, steps=3000, evaluations=12, dev_bytes=32_768),
-    Size("small", 128, 4, 4, context=128, batch=4, steps=4000, evaluations=16, dev_bytes=65_536),
+    Size("small", 128, 4, 4, context=128, batch=4, steps=3000, evaluations=12, dev_bytes=65_536),
     Size(
         "base",
         512,
