@@ -1,13 +1,11 @@
 """Maestro's claims in small: what ordered dropout finds, and the family of sizes it gives.
 
     python benchmarks/shrink_maestro.py --seeds 5
-    FULLRANK_DATA=... python benchmarks/shrink_maestro.py --only cifar
 
 Recovery: a linear map to a 9 x 6 target of rank 3 from whitened inputs; importances against
 singular values, and each prefix's error against the best matrix of that rank. Digits: a network of
 64-64-64-10, started from the trained dense one's SVD or from random weights; its accuracy at each
 prefix against the dense network truncated by SVD. Lasso: ranks that are left for growing weights.
-CIFAR-10: a small residual network, batch norms recalibrated at each size.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ def recovery(steps: int = 3000, lr: float = 0.5) -> Table:
     rows = []
     for rank in range(1, 7):
         maestro.set_ranks({"0": rank})
-        error = (maestro.export(merge=False)[0].merged_weight() - target).norm()
+        error = (maestro.layers["0"].merged_weight() - target).detach().norm()
         best = values[rank:].square().sum().sqrt()
         excess = float(error / best - 1) if rank < 3 else None
         rows.append([rank, float(values[rank - 1]), float(importance[rank - 1]), excess])
@@ -140,7 +138,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--lam", type=float, default=3e-5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["recovery", "digits", "lasso", "cifar"])
+    parser.add_argument("--only", choices=["recovery", "digits", "lasso"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.only in (None, "recovery"):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fullrank.compress.batches import Batches as Batches
     from fullrank.compress.calibration import CalibrationStats as CalibrationStats
     from fullrank.compress.calibration import LayerStats as LayerStats
+    from fullrank.compress.conv_split import split_conv as split_conv
     from fullrank.compress.curve import Candidate as Candidate
     from fullrank.compress.curve import FloorError as FloorError
     from fullrank.compress.curve import Shrunk as Shrunk
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
     from fullrank.compress.family import PlanFamily as PlanFamily
     from fullrank.compress.floor import shrink as shrink
     from fullrank.compress.layers import LowRankLinear as LowRankLinear
+    from fullrank.compress.layers_conv import LowRankConv1d as LowRankConv1d
+    from fullrank.compress.layers_conv import LowRankConv2d as LowRankConv2d
+    from fullrank.compress.layers_conv import LowRankConv3d as LowRankConv3d
     from fullrank.compress.lord import LoRDConfig as LoRDConfig
     from fullrank.compress.lord import lord_compress as lord_compress
     from fullrank.compress.maestro import Maestro as Maestro
     from fullrank.compress.matrices import Matricised as Matricised
     from fullrank.compress.matrices import matricise as matricise
     from fullrank.compress.pela import pela_compress as pela_compress
+    from fullrank.compress.pela import pela_plan as pela_plan
     from fullrank.compress.pela_loss import PELALoss as PELALoss
     from fullrank.compress.planning import layer_spectra as layer_spectra
     from fullrank.compress.planning import make_plan as make_plan
@@ -63,6 +68,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "pela_compress": "pela",
         "PELALoss": "pela_loss",
         "PELATrainer": "pela_trainer",
+        "MaestroTrainer": "maestro_trainer",
+        "TRPCallback": "trp_callback",
+        "pela_plan": "pela",
+        "split_conv": "conv_split",
+        **dict.fromkeys(["LowRankConv1d", "LowRankConv2d", "LowRankConv3d"], "layers_conv"),
         "TRP": "trp",
         **dict.fromkeys(["layer_spectra", "make_plan"], "planning"),
         **dict.fromkeys(["Candidate", "FloorError", "Shrunk"], "curve"),

@@ -348,8 +348,8 @@ def _over_sequences(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     """Sum over each sequence's real tokens, ``(batch, d)``, and their number ``(batch, 1)``."""
     width = value.shape[-1]
     if mask is not None and value.shape[:-1].numel() == mask.numel():
-        weights = mask.to(device=value.device, dtype=value.dtype)[..., None]
+        weights = mask.to(device=value.device, dtype=value.dtype)
         rows = value.reshape(*mask.shape, width)
-        return (rows * weights).sum(1), weights.sum(1).clamp_min(1)
+        return (weights[:, None] @ rows)[:, 0], weights.sum(1, keepdim=True).clamp_min(1)
     rows = value.reshape(value.shape[0], -1, width)
     return rows.sum(1), torch.full_like(rows[:, 0, :1], rows.shape[1])

@@ -245,7 +245,7 @@ def _index(
 
 
 def _latency_table(index: Any, queries: Any) -> Table:
-    sample = dict(list(queries.items())[:40])
+    sample = dict(list(queries.items())[:30])
     rows = []
     for name, stage in index.systems.items():
         median, tail = latencies(stage, sample)
@@ -266,7 +266,7 @@ def _sizes(out: Path, config: DemoConfig, index: Any, data: Any) -> list[Sizes]:
         "tuned": out / "models" / "tuned",
         "shrunk": out / "models" / "shrunk",
     }
-    texts = data.corpus.contents[:: max(1, len(data.corpus) // 128)]
+    texts = data.corpus.contents[:: max(1, len(data.corpus) // 96)]
     return [
         Sizes.measure(name, index.encoders[name].loaded, texts, steps.folder_bytes(folder))
         for name, folder in folders.items()
