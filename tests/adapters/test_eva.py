@@ -250,6 +250,30 @@ def test_constant_inputs_explain_nothing_and_lose_their_rank():
     assert sum(report.ranks.values()) == 24
 
 
+def test_the_same_token_everywhere_is_refused():
+    model, batches = toy(load("toy_rho2"))
+    same = [{name: torch.ones_like(x) for name, x in batch.items()} for batch in batches]
+    with pytest.raises(InputError, match="no input varies"):
+        eva.initialize(model, same, progress=False)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_wide_inputs_by_lanczos_are_exact(center):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(1024, 1024, generator=generator) * torch.arange(1.0, 1025) ** -1.0
+    x = torch.randn(1500, 1024, generator=generator) @ mix + 5
+    wide = GramComponents(1024, 4, center=center)
+    for part in (x[:700], x[700:701], x[701:]):
+        wide.update(part)
+    vectors, values, ratios = wide.solve()
+    exact = x.double() - (x.double().mean(0) if center else 0)
+    _, sizes, right = torch.linalg.svd(exact, full_matrices=False)
+    torch.testing.assert_close(values, sizes[:4], rtol=1e-6, atol=0)
+    torch.testing.assert_close(projector(vectors), projector(right[:4]), rtol=0, atol=1e-5)
+    share = sizes.square()[:4] / sizes.square().sum()
+    torch.testing.assert_close(ratios, share, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

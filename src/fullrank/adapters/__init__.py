@@ -7,18 +7,30 @@ from fullrank._lazy import lazy_exports
 if TYPE_CHECKING:
     from fullrank.adapters import eva as eva
     from fullrank.adapters import lora_ga as lora_ga
-    from fullrank.adapters.eva import EvaReport as EvaReport
+    from fullrank.adapters.adapt import AdaptReport as AdaptReport
+    from fullrank.adapters.adapt import adapt as adapt
+    from fullrank.adapters.eva_report import EvaReport as EvaReport
+    from fullrank.adapters.export import check_base as check_base
+    from fullrank.adapters.export import inspect as inspect
+    from fullrank.adapters.export import save_as_lora as save_as_lora
+    from fullrank.adapters.export import to_lora as to_lora
     from fullrank.adapters.lora_files import LowRank as LowRank
     from fullrank.adapters.lora_files import write_lora as write_lora
     from fullrank.adapters.lora_ga import LoraGAReport as LoraGAReport
+    from fullrank.adapters.merging import MergeReport as MergeReport
+    from fullrank.adapters.merging import merge_adapters as merge_adapters
+    from fullrank.adapters.merging import merge_updates as merge_updates
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "eva": "",
         "lora_ga": "",
-        "EvaReport": "eva",
-        "LoraGAReport": "lora_ga",
+        **dict.fromkeys(["AdaptReport", "adapt"], "adapt"),
+        "EvaReport": "eva_report",
+        **dict.fromkeys(["check_base", "inspect", "save_as_lora", "to_lora"], "export"),
         **dict.fromkeys(["LowRank", "write_lora"], "lora_files"),
+        "LoraGAReport": "lora_ga",
+        **dict.fromkeys(["MergeReport", "merge_adapters", "merge_updates"], "merging"),
     },
 )

@@ -7,17 +7,18 @@ stays PEFT's: this computes the state that PEFT's own ``initialize_lora_eva_weig
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.adapters.eva_components import Components, GramComponents, IncrementalComponents
+from fullrank.adapters.eva_report import EvaReport as EvaReport
 from fullrank.adapters.layer_inputs import (
     device_of,
     lora_layers,
@@ -26,78 +27,16 @@ from fullrank.adapters.layer_inputs import (
     token_mask,
     watch_inputs,
 )
+from fullrank.adapters.lora_files import exact_targets
 from fullrank.core.errors import InputError, require
 from fullrank.core.modes import evaluating
 from fullrank.core.names import canonical_name, model_fingerprint
-from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.progress import progress as progress_bar
-from fullrank.core.table import Cell, Table
 
 Method = Literal["gram", "ipca"]
 
 # Above this width an n x n matrix of second moments costs more than the incremental way.
 _WIDEST = 8192
-
-
-@dataclass(frozen=True)
-class EvaReport:
-    """What EVA found.
-
-    Attributes
-    ----------
-    ranks
-        Layer -> rank; 0 where the adapter was taken away.
-    explained
-        Layer -> share of the variance of its inputs that its rank explains.
-    ratios
-        Layer -> share that each component explains, as many as were looked at.
-    shapes
-        Layer -> ``(out, in)``.
-    batches
-        Forward passes.
-    unconverged
-        Layers whose components still moved when the data or ``max_batches`` ended
-        (``method="ipca"``).
-    plan
-        The ranks as a plan of purpose ``"adapter"``.
-    """
-
-    ranks: Mapping[str, int]
-    explained: Mapping[str, float]
-    ratios: Mapping[str, Sequence[float]]
-    shapes: Mapping[str, tuple[int, int]]
-    batches: int
-    unconverged: tuple[str, ...] = ()
-    fingerprint: str = field(default="", repr=False)
-
-    @property
-    def plan(self) -> RankPlan:
-        """The ranks as a plan; layers without an adapter are left alone."""
-        entries = {
-            name: PlanEntry(
-                self.shapes[name],
-                rank or None,
-                method="eva",
-                reason=f"explains {self.explained[name]:.1%} of the input variance",
-            )
-            for name, rank in self.ranks.items()
-        }
-        return RankPlan(
-            entries, purpose="adapter", source="activation", fingerprint=self.fingerprint
-        )
-
-    def table(self) -> Table:
-        """Return a row a layer."""
-        rows: list[list[Cell]] = [
-            [name, rank, self.explained[name], rank * sum(self.shapes[name])]
-            for name, rank in self.ranks.items()
-        ]
-        return Table(
-            ["layer", "rank", "explained variance", "parameters"],
-            rows,
-            title=f"EVA, {self.batches} batches",
-            formats={"explained variance": ".1%", "parameters": ",d"},
-        )
 
 
 def initialize(
@@ -182,6 +121,14 @@ def initialize(
     if config.eva_config is None:
         config.eva_config = options
     peft.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    prefix = "base_model.model."
+    kept = [name.removeprefix(prefix) for name, rank in ranks.items() if rank]
+    names = [name.removeprefix(prefix) for name, _ in model.named_modules()]
+    targets = exact_targets(
+        kept, [n for n in names if ".base_layer" not in n and ".lora_" not in n]
+    )
+    if isinstance(targets, str) and set(config.target_modules) <= set(kept):
+        config.target_modules = targets
     return search.report(ranks)
 
 
@@ -208,7 +155,9 @@ class _Search:
                     f"{canonical_name(name)} has rank {self.start[name]}, but its weight is only "
                     f"{layer.out_features} x {layer.in_features}; use a rank of at most {bound}"
                 )
-            self.most[name] = min(self.most[name], layer.in_features)
+            self.most[name] = min(self.most[name], bound)
+        self.limits = dict(self.most)
+        self.seconds = dict.fromkeys(layers, 0.0)
         self.owner: dict[str, str] = {}
         self.found: dict[str, Components] = {}
         self.passes = 0
@@ -232,8 +181,9 @@ class _Search:
             stack.enter_context(model.disable_adapter())
             advance = stack.enter_context(progress_bar("EVA", limit, progress, "batches"))
             for number, batch in enumerate(self._batches(data, limit)):
-                if not number:
-                    self._group(batch, forward, mask_of)
+                if not number and self._group(batch, forward, mask_of):
+                    advance(1)
+                    continue
                 wanted = self._moving()
                 if not wanted:
                     break
@@ -263,26 +213,53 @@ class _Search:
         batch: Any,
         forward: Callable[[nn.Module, Any], Any],
         mask_of: Callable[[Any], Tensor | None],
-    ) -> None:
-        """Find layers with the same input; one of each group is watched."""
+    ) -> bool:
+        """Find layers with the same input, of which one is watched; whether the batch was used."""
         batch = device_of(self.model, batch)
-        self.owner = same_inputs(self.model, self.layers, batch, forward, mask_of(batch))
+        once = all(self._by_moments(layer) for layer in self.layers.values())
+
+        def start(name: str, x: Tensor) -> None:
+            self.found.setdefault(name, self._components(name))
+            self._add(name, x)
+
+        self.owner = same_inputs(
+            self.model, self.layers, batch, forward, mask_of(batch), start if once else None
+        )
+        owners = [name for name, owner in self.owner.items() if name == owner]
         for name, owner in self.owner.items():
             self.most[owner] = max(self.most[owner], self.most[name])
-        for name, owner in self.owner.items():
-            self.most[name] = self.most[owner]
-            if name == owner:
-                self.found[name] = self._components(name)
+        self.found = {name: self.found.get(name) or self._components(name) for name in owners}
+        for name, components in self.found.items():
+            if isinstance(components, GramComponents):
+                components.components = self.most[name]
+        self.passes += once
+        return once
+
+    def _by_moments(self, layer: Any) -> bool:
+        return self.method == "gram" and layer.in_features <= _WIDEST
 
     def _components(self, name: str) -> Components:
         layer = self.layers[name]
-        if self.method == "ipca" or layer.in_features > _WIDEST:
+        if not self._by_moments(layer):
+            if _several():
+                raise InputError(
+                    f"{canonical_name(name)}: the incremental way sees one process's data only; "
+                    f"use method='gram' and layers of at most {_WIDEST} inputs"
+                )
             return IncrementalComponents(
                 layer.in_features, self.most[name], tau=float(self.options.tau)
             )
         weight = layer.get_base_layer().weight
         device = weight.device if weight.device.type in ("cpu", "cuda") else "cpu"
         return GramComponents(layer.in_features, self.most[name], center=self.center, device=device)
+
+    def _add(self, name: str, x: Tensor) -> None:
+        began = time.perf_counter()
+        try:
+            self.found[name].update(x)
+        except InputError as error:
+            raise InputError(f"{canonical_name(name)}: {error}") from error
+        self.seconds[name] += time.perf_counter() - began
 
     def _pass(
         self,
@@ -292,20 +269,14 @@ class _Search:
         mask_of: Callable[[Any], Tensor | None],
     ) -> None:
         batch = device_of(self.model, batch)
-
-        def add(name: str, x: Tensor) -> None:
-            try:
-                self.found[name].update(x)
-            except InputError as error:
-                raise InputError(f"{canonical_name(name)}: {error}") from error
-
-        with watch_inputs({n: self.layers[n] for n in wanted}, add, mask_of(batch)):
+        with watch_inputs({n: self.layers[n] for n in wanted}, self._add, mask_of(batch)):
             forward(self.model, batch)
         self.passes += 1
 
     def _moving(self) -> list[str]:
         """Layers whose components, as many as any of their group now gets, still move."""
-        if any(c.count == 0 for c in self.found.values()):
+        moments = all(isinstance(c, GramComponents) for c in self.found.values())
+        if moments or any(c.count == 0 for c in self.found.values()):
             return list(self.found)
         ranks = self.allot()
         return [
@@ -316,7 +287,7 @@ class _Search:
 
     def _check_counts(self) -> None:
         for name, found in self.found.items():
-            if isinstance(found, GramComponents) and torch.distributed.is_initialized():
+            if isinstance(found, GramComponents) and _several():
                 found.all_reduce()
             if found.count < self.most[name]:
                 raise InputError(
@@ -324,6 +295,11 @@ class _Search:
                     f"{self.most[name]} components that are asked for; give more or longer "
                     "batches, or a smaller rank or rho"
                 )
+        if not any(c.solve()[2].any() for c in self.found.values()):
+            raise InputError(
+                f"no input varies, that of {canonical_name(next(iter(self.found)))} for one: all "
+                "tokens are the same; give batches of different texts"
+            )
         self.unconverged = tuple(
             canonical_name(name)
             for name in self._moving()
@@ -341,17 +317,24 @@ class _Search:
 
     def allot(self) -> dict[str, int]:
         """Give the budget to the components that explain most."""
-        solved = {name: c.solve()[2].cpu() for name, c in self.found.items()}
+        solved = {}
+        for name, components in self.found.items():
+            began = time.perf_counter()
+            solved[name] = components.solve()[2].cpu()
+            self.seconds[name] += time.perf_counter() - began
+        limits = {
+            name: min(most, len(solved[self.owner[name]])) for name, most in self.limits.items()
+        }
         # Owners first, then those that share their input: what decides between equal ratios.
         order = [*self.found, *(n for n, owner in self.owner.items() if n != owner)]
-        names = [name for name in order for _ in range(len(solved[self.owner[name]]))]
-        ratios = torch.cat([solved[self.owner[name]] for name in order])
+        names = [name for name in order for _ in range(limits[name])]
+        ratios = torch.cat([solved[self.owner[name]][: limits[name]] for name in order])
         budget = sum(self.start.values())
         best = ratios.argsort(descending=True, stable=True)[:budget]
         counts = Counter(names[i] for i in best.tolist())
         ranks = {name: counts[name] for name in self.layers}
         for name, owner in self.owner.items():
-            if ranks[name] > ranks[owner]:
+            if ranks[owner] < ranks[name] <= limits[owner]:
                 ranks[name], ranks[owner] = ranks[owner], ranks[name]
         return ranks
 
@@ -385,5 +368,10 @@ class _Search:
             },
             batches=self.passes,
             unconverged=self.unconverged,
+            seconds={canonical_name(n): spent for n, spent in self.seconds.items()},
             fingerprint=model_fingerprint(self.model),
         )
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -110,15 +110,22 @@ def same_inputs(
     batch: Any,
     forward: Callable[[nn.Module, Any], Any],
     mask: Tensor | None,
+    consume: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, str]:
-    """Layer -> the first layer, in the model's order, that gets the very same input."""
+    """Layer -> the first layer that gets the very same input, itself if it is the first.
+
+    ``consume`` receives each input once, under the first one's name.
+    """
     marks: dict[str, tuple[Any, ...]] = {}
+    owner: dict[tuple[Any, ...], str] = {}
 
     def mark(name: str, x: Tensor) -> None:
         flat = x.double()
         weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=x.device)
         sums = torch.stack([flat.sum(), flat.square().sum(), flat.reshape(-1) @ weights])
         marks[name] = (tuple(x.shape), *sums.tolist())
+        if owner.setdefault(marks[name], name) == name and consume is not None:
+            consume(name, x)
 
     with watch_inputs(layers, mark, mask):
         forward(model, batch)
@@ -128,5 +135,4 @@ def same_inputs(
             f"{unused[0]} was not used in a forward pass: leave it out of target_modules, or give "
             "batches that use it"
         )
-    owner: dict[tuple[Any, ...], str] = {}
-    return {name: owner.setdefault(marks[name], name) for name in layers}
+    return {name: owner[marks[name]] for name in layers}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,27 @@ class LowRank(NamedTuple):
 
     A: Tensor
     B: Tensor
+
+
+def exact_targets(names: Iterable[str], others: Iterable[str] | None = None) -> list[str] | str:
+    """``target_modules`` of PEFT that mean these modules and no others.
+
+    PEFT reads the items of a list as ends of names: ``"q"`` also means ``"block.q"``. Where that
+    may happen, the answer is a regular expression instead. Without ``others``, the remaining
+    modules of the model, it may happen to any name without a dot.
+
+    >>> exact_targets(["block.q", "block.k"]), exact_targets(["q"], ["q.bias", "p"])
+    (['block.k', 'block.q'], ['q'])
+    >>> exact_targets(["q"], ["block.q"])
+    'q'
+    """
+    wanted = sorted(names)
+    if others is None:
+        unclear = any("." not in name for name in wanted)
+    else:
+        rest = set(others) - set(wanted)
+        unclear = any(other.endswith(f".{name}") for other in rest for name in wanted)
+    return "|".join(map(re.escape, wanted)) if unclear else wanted
 
 
 def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) -> Path:
@@ -63,7 +85,7 @@ def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) 
     plain = peft.LoraConfig(
         r=usual,
         lora_alpha=usual,
-        target_modules=sorted(updates),
+        target_modules=exact_targets(updates),
         rank_pattern={f"^{name}$".replace(".", r"\."): rank for name, rank in others.items()},
         alpha_pattern={f"^{name}$".replace(".", r"\."): rank for name, rank in others.items()},
         task_type=config.task_type,

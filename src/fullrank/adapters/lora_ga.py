@@ -7,10 +7,10 @@ adapter stays PEFT's LoRA.
 
 from __future__ import annotations
 
+import time
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -39,12 +39,17 @@ class LoraGAReport:
         Layer -> share of the gradient's norm that the first step follows.
     batches
         Batches that the gradient is the mean of, at most.
+    parameters
+        Layer -> trained numbers.
+    seconds
+        Layer -> time of its decomposition.
     """
 
     ranks: Mapping[str, int]
     captured: Mapping[str, float]
     batches: int
     parameters: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def table(self) -> Table:
         """Return a row a layer."""
@@ -104,7 +109,7 @@ def initialize(
     PeftModel
         With ``model.lora_ga``, a :class:`LoraGAReport`. Its ``save_pretrained`` writes an ordinary
         LoRA of rank 2r for the base model as it was, since the adapter alone would not fit a fresh
-        base. ``disable_adapter()`` gives the changed base; :func:`true_base` gives the true one.
+        base. ``disable_adapter()`` gives what the base model computed, though its weights changed.
 
     Raises
     ------
@@ -145,10 +150,11 @@ def initialize(
                 dtype=grad_dtype,
                 progress=progress,
             )
-        starts = {
-            name: _start(name, layer, gradients.pop(name), direction, scale, gamma, seed)
-            for name, layer in layers.items()
-        }
+        starts, seconds = {}, {}
+        for name, layer in layers.items():
+            began = time.perf_counter()
+            starts[name] = _start(name, layer, gradients.pop(name), direction, scale, gamma, seed)
+            seconds[canonical_name(name)] = time.perf_counter() - began
     except BaseException:
         wrapped.unload()
         for parameter, wanted in asked:
@@ -156,7 +162,7 @@ def initialize(
         raise
     for name, layer in layers.items():
         _install(layer, starts[name], adapter)
-    return _finished(wrapped, layers, starts, n_batches, adapter)
+    return _finished(wrapped, layers, starts, n_batches, seconds)
 
 
 def _start(
@@ -184,20 +190,24 @@ def _start(
         layer.update_layer("default", most, layer.lora_alpha["default"], config=_of(layer))
         layer.scaling["default"] = scaling
         rank = most
-    if not gradient.abs().max() > 0:
+    if not (torch.isfinite(gradient).all() and gradient.abs().max() > 0):
         raise InputError(
-            f"the gradient of {canonical_name(name)} is zero; give other batches, or leave it out"
+            f"the gradient of {canonical_name(name)} is zero or not finite; give other batches, or "
+            "leave it out"
         )
-    return start_from_gradient(
-        gradient,
-        rank,
-        layer.scaling["default"],
-        weight,
-        direction=direction,
-        scale=scale,
-        gamma=gamma,
-        generator=seed,
-    )
+    try:
+        return start_from_gradient(
+            gradient,
+            rank,
+            layer.scaling["default"],
+            weight,
+            direction=direction,
+            scale=scale,
+            gamma=gamma,
+            generator=seed,
+        )
+    except InputError as error:
+        raise InputError(f"{canonical_name(name)}: {error}") from error
 
 
 @torch.no_grad()
@@ -213,7 +223,12 @@ def _install(layer: Any, start: Start, adapter: str) -> None:
 
 
 def _finished(
-    model: Any, layers: Mapping[str, Any], starts: Mapping[str, Start], batches: int, adapter: str
+    model: Any,
+    layers: Mapping[str, Any],
+    starts: Mapping[str, Start],
+    batches: int,
+    seconds: Mapping[str, float],
+    adapter: str = "default",
 ) -> Any:
     first = {name: update_of(layer, adapter) for name, layer in layers.items()}
     model.lora_ga = LoraGAReport(
@@ -221,6 +236,7 @@ def _finished(
         {canonical_name(n): s.captured for n, s in starts.items()},
         batches,
         {canonical_name(n): s.A.numel() + s.B.numel() for n, s in starts.items()},
+        seconds,
     )
 
     def save_pretrained(self: Any, save_directory: str | Path, **_: Any) -> None:
@@ -230,44 +246,30 @@ def _finished(
         }
         write_lora(save_directory, updates, self.peft_config[adapter])
 
-    model._lora_ga_start = first
+    for name, layer in layers.items():
+        layer.register_forward_hook(_Original(first[name]))
     model.save_pretrained = types.MethodType(save_pretrained, model)
     return model
 
 
-@contextmanager
-def true_base(model: Any, adapter: str = "default") -> Iterator[None]:
-    """Let a model that :func:`initialize` made compute what its base computed, for a while.
+def start_of(layer: nn.Module) -> LowRank | None:
+    """What LoRA-GA took out of a layer's weight, or None where it did not."""
+    hooks = layer._forward_hooks.values()
+    return next((hook.first for hook in hooks if isinstance(hook, _Original)), None)
 
-    What the adapter added at the start is put back into the weights, and the adapter is off.
 
-    Raises
-    ------
-    InputError
-        When the model was not made here.
+class _Original:
+    """A forward hook: with the adapter off, a layer computes what it did before it was changed."""
 
-    Examples
-    --------
-    >>> with lora_ga.true_base(tuned):  # doctest: +SKIP
-    ...     reference = tuned(**batch)
-    """
-    first = getattr(model, "_lora_ga_start", None)
-    if first is None:
-        raise InputError("the model was not initialised by lora_ga.initialize in this process")
-    layers = lora_layers(model, adapter)
-    kept = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
-    try:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                weight = layer.get_base_layer().weight
-                update = first[name].B.to(weight) @ first[name].A.to(weight)
-                weight.add_(_oriented(layer, update))
-        with model.disable_adapter():
-            yield
-    finally:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.get_base_layer().weight.copy_(kept[name])
+    def __init__(self, first: LowRank) -> None:
+        self.first = first
+
+    def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not layer.disable_adapters:
+            return None
+        x: Tensor = inputs[0]
+        A, B = (factor.to(x) for factor in self.first)
+        return output + x @ A.T @ B.T
 
 
 def _difference(now: LowRank, first: LowRank) -> LowRank:

@@ -16,7 +16,7 @@ Scale = Literal[
 ]
 
 # Up to this shorter side an exact decomposition takes no longer than a sketch.
-_EXACT = 512
+_EXACT = 128
 
 
 class Start(NamedTuple):
@@ -71,6 +71,11 @@ def start_from_gradient(
     generator
         Of the sketch of large matrices, and of ``"random"``.
 
+    Raises
+    ------
+    InputError
+        When ``2 r`` is above the shorter side, or the gradient's own rank is below r.
+
     Examples
     --------
     >>> G = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
@@ -79,6 +84,13 @@ def start_from_gradient(
     (2.0, 1.0)
     """
     U, S, Vh = _decomposed(gradient, rank, generator)
+    rounding = max(gradient.shape) * torch.finfo(S.dtype).eps * S[0]
+    found = int(S.gt(rounding).sum())
+    if found < rank:
+        raise InputError(
+            f"a gradient of rank {found} gives no start of rank {rank}: give more, longer or more "
+            "varied batches, or a smaller rank"
+        )
     in_A, in_B = _indices(direction, rank, generator)
     A, B, sizes = Vh[in_A], U[:, in_B], S[in_B]
     c = gradient.shape[0] ** 0.25 / gamma**0.5

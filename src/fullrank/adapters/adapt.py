@@ -1,0 +1,280 @@
+"""`adapt`: any adapter on any model, with what the method needs run and reported."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from fullrank.adapters.adapt_methods import METHODS, Found, Method, Request
+from fullrank.core.errors import InputError, require
+from fullrank.core.names import canonical_name
+from fullrank.core.plan import RankPlan
+from fullrank.core.table import Cell, Table
+
+# As in PEFT, and the rank most runs of the methods' papers include.
+_RANK = 8
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its rank, what the start explains or captures, what is trained, the time."""
+
+    name: str
+    rank: int
+    explained: float | None
+    captured: float | None
+    parameters: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """What `adapt` did.
+
+    Attributes
+    ----------
+    method
+        Its name in the table of methods.
+    layers
+        One :class:`LayerReport` each.
+    seconds
+        Of everything, forward and backward passes included.
+    optimizer
+        The optimizer that the method is meant for, where that is a particular one.
+    """
+
+    method: str
+    layers: tuple[LayerReport, ...]
+    seconds: float
+    optimizer: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in the adapted layers."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def table(self) -> Table:
+        """Return a row a layer."""
+        columns = ["layer", "rank", "explained variance", "captured gradient", "trained", "seconds"]
+        rows: list[list[Cell]] = [
+            [x.name, x.rank, x.explained, x.captured, x.parameters, x.seconds] for x in self.layers
+        ]
+        title = f"{METHODS[self.method].title}: {self.parameters:,} trained, {self.seconds:.1f} s"
+        formats = dict(zip(columns[2:], [".1%", ".1%", ",d", ".3f"], strict=True))
+        return Table(columns, rows, title, formats)
+
+
+def adapt(
+    model: nn.Module,
+    method: str = "lora",
+    plan: RankPlan | None = None,
+    rank: int | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    targets: str | Sequence[str] | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    task_type: str | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Any:
+    """Put an adapter on a model and start it as its method says.
+
+    Parameters
+    ----------
+    model
+        The base model; an ordinary module.
+    method
+        ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"`` (PEFT's), ``"eva"``, ``"lora_ga"``, or
+        ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``).
+    plan
+        A rank for each layer: a :class:`~fullrank.core.RankPlan` of purpose ``"adapter"``. EVA
+        keeps its ranks unless ``rho`` is given.
+    rank
+        The same rank for all instead; 8 when neither is given.
+    data
+        Batches: of the model's arguments (with labels for ``"lora_ga"``), or what ``forward_fn``
+        or ``loss_fn`` take. Methods that need none leave them alone.
+    targets
+        Which linear layers: ends of names (``"query"``), or shell patterns over whole names; by
+        default all but the output head.
+    alpha
+        LoRA's, for the largest rank; by default a scaling of 1 (LoRA-GA: 2 r / sqrt(r), DoRA for
+        GradNormLoRP: 2).
+    dropout, task_type
+        PEFT's ``lora_dropout`` and ``task_type``.
+    loss_fn, forward_fn
+        ``(model, batch)``: the loss of LoRA-GA, the forward pass of EVA.
+    seed
+        Of what is random.
+    progress
+        Show bars.
+    **options
+        The method's own; e.g. EVA: ``rho``, ``whiten``, ``max_batches``; LoRA-GA: ``scale``,
+        ``direction``, ``n_batches``.
+
+    Returns
+    -------
+    PeftModel
+        With ``model.adapt_report``, an :class:`AdaptReport`; after EVA also ``model.eva``, whose
+        ``plan`` holds the ranks.
+
+    Raises
+    ------
+    InputError
+        On an unknown method or option, a pattern that matches nothing, a rank above what a layer
+        allows, missing or unfit data. The model is then as it was.
+    PlanError
+        When the plan is of another model or purpose.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> tuned = adapt(model, "lora", rank=2, targets=["0"])
+    >>> tuned.adapt_report.parameters
+    28
+    """
+    row = _method(method, options)
+    if plan is not None and rank is not None:
+        raise InputError("give a plan or a rank, not both")
+    if row.needs in ("activations", "gradients") and data is None:
+        raise InputError(f"{row.title} needs {row.needs}: pass data, batches to take them from")
+    if hasattr(model, "peft_config"):
+        raise InputError("the model has adapters already; give the base model")
+    found = _targets(model, targets) if plan is None else _planned(model, plan)
+    wanted = _RANK if rank is None else rank
+    ranks = {name: wanted if planned is None else planned for name, planned in found.items()}
+    transposed = _check_ranks(model, ranks)
+    if plan is not None and method == "eva":
+        options.setdefault("rho", 1.0)
+    began = time.perf_counter()
+    request = Request(
+        model, ranks, alpha, dropout, task_type, data or (), loss_fn, forward_fn, transposed, seed,
+        progress,
+    )  # fmt: skip
+    with _undone_on_errors(model):
+        tuned, learnt = row.start(request, **options)
+    tuned.adapt_report = AdaptReport(
+        method, _layers(tuned, learnt), time.perf_counter() - began, row.optimizer
+    )
+    return tuned
+
+
+def _method(name: str, options: Mapping[str, Any]) -> Method:
+    if name not in METHODS:
+        raise InputError(f"method={name!r}; it is one of {', '.join(METHODS)}")
+    parameters = inspect.signature(METHODS[name].start).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        for option in options:
+            if option not in known:
+                raise InputError(f"{name} has no option {option!r}; it has {', '.join(known)}")
+    return METHODS[name]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, int | None]:
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    if targets is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = [name for name, module in linear.items() if module is not head]
+        if not found:
+            raise InputError("the model has no linear layer to adapt")
+        return dict.fromkeys(found)
+    chosen: dict[str, int | None] = {}
+    for pattern in [targets] if isinstance(targets, str) else targets:
+        hits = [
+            name
+            for name in linear
+            if fnmatchcase(canonical_name(name), pattern)
+            or f".{canonical_name(name)}".endswith(f".{pattern}")
+        ]
+        if not hits:
+            raise InputError(
+                f"no linear layer is named like {pattern!r}; there are "
+                f"{', '.join(list(linear)[:4])}, ..."
+            )
+        chosen |= dict.fromkeys(hits)
+    if not chosen:
+        raise InputError("targets is empty; name at least one layer")
+    return {name: None for name in linear if name in chosen}
+
+
+def _planned(model: nn.Module, plan: RankPlan) -> dict[str, int | None]:
+    modules = {id(module): name for name, module in plan.check(model, "adapter").items()}
+    found = {
+        name: plan[modules[id(module)]].rank
+        for name, module in model.named_modules()
+        if id(module) in modules
+    }
+    if not found:
+        raise InputError("the plan gives no layer a rank")
+    return found
+
+
+def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> bool:
+    """Raise on a rank that a layer does not allow; say whether the layers are ``Conv1D``."""
+    transposed = False
+    for name, rank in ranks.items():
+        module: Any = model.get_submodule(name)
+        most = min(module.weight.shape) if module.weight.dim() == 2 else rank
+        if not 1 <= rank <= most:
+            raise InputError(
+                f"{canonical_name(name)} is {' x '.join(map(str, module.weight.shape))}: rank "
+                f"{rank} is not in [1, {most}]; give a smaller rank, a plan, or leave the layer "
+                "out of targets"
+            )
+        transposed |= type(module).__name__ == "Conv1D"
+    return transposed
+
+
+@contextmanager
+def _undone_on_errors(model: nn.Module) -> Iterator[None]:
+    """Take everything out of the model again when something goes wrong."""
+    from_peft = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, from_peft):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)
+        raise
+
+
+def _layers(model: Any, found: Found) -> tuple[LayerReport, ...]:
+    from_peft = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
+    reports = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, from_peft):
+            plain = canonical_name(name)
+            trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            reports.append(
+                LayerReport(
+                    plain,
+                    int(layer.r["default"]),
+                    found.explained.get(plain),
+                    found.captured.get(plain),
+                    trained,
+                    found.seconds.get(plain),
+                )
+            )
+    return tuple(reports)

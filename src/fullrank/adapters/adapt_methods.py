@@ -1,0 +1,195 @@
+"""The methods that `adapt` knows: one row each, saying what it needs and how it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fullrank.adapters import eva, lora_ga
+from fullrank.adapters.gradients import loss_of
+from fullrank.adapters.lora_files import exact_targets
+from fullrank.core.errors import InputError, require
+
+Needs = Literal["nothing", "weights", "activations", "gradients"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a method.
+
+    Attributes
+    ----------
+    model
+        The base model.
+    ranks
+        Name of each module to adapt -> rank.
+    alpha
+        Of the largest rank; None for the method's own. Layers of smaller ranks get the same
+        scaling.
+    dropout, task_type
+        PEFT's.
+    data
+        Batches, for methods that need them.
+    loss_fn, forward_fn
+        ``(model, batch)``, or None for the model's own loss and call.
+    transposed
+        Whether the layers are transformers' ``Conv1D``.
+    seed, progress
+        Of sampling; whether bars are shown.
+    """
+
+    model: nn.Module
+    ranks: Mapping[str, int]
+    alpha: float | None
+    dropout: float
+    task_type: str | None
+    data: Iterable[Any]
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    forward_fn: Callable[[nn.Module, Any], Any] | None
+    transposed: bool
+    seed: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method learnt, layer by layer, on its way."""
+
+    explained: Mapping[str, float] = field(default_factory=dict)
+    captured: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes
+    ----------
+    title
+        What it is called.
+    needs
+        ``"nothing"``, ``"weights"`` (a decomposition of each), ``"activations"`` or
+        ``"gradients"`` (both of which need data).
+    start
+        Makes the ``PeftModel``; its keyword arguments are the method's own options.
+    optimizer
+        The optimizer it is meant for, where that is a particular one.
+    """
+
+    title: str
+    needs: Needs
+    start: Callable[..., tuple[Any, Found]]
+    optimizer: str = ""
+
+
+def lora_config(request: Request, *, alpha: float, rslora: bool = False, **options: Any) -> Any:
+    """PEFT's ``LoraConfig`` for these ranks; ``alpha`` is per unit of rank unless asked for."""
+    peft = require("peft", extra="adapters")
+    largest = max(request.ranks.values())
+    whole = request.alpha if request.alpha is not None else alpha * largest
+    smaller = {name: rank for name, rank in request.ranks.items() if rank != largest}
+    power = 0.5 if rslora else 1.0
+    names = [name for name, _ in request.model.named_modules()]
+    return peft.LoraConfig(
+        r=largest,
+        lora_alpha=whole,
+        target_modules=exact_targets(request.ranks, names),
+        rank_pattern={_exactly(name): rank for name, rank in smaller.items()},
+        alpha_pattern={
+            _exactly(name): whole * (rank / largest) ** power for name, rank in smaller.items()
+        },
+        lora_dropout=request.dropout,
+        task_type=request.task_type,
+        fan_in_fan_out=request.transposed,
+        use_rslora=rslora,
+        **options,
+    )
+
+
+def _exactly(name: str) -> str:
+    """A pattern of PEFT for one module: the base model's name, with or without PEFT's prefix."""
+    return r"(?:^|(?<=^base_model\.model\.))" + name.replace(".", r"\.")
+
+
+def _plain(alpha: float = 1.0, **fixed: Any) -> Callable[..., tuple[Any, Found]]:
+    def start(request: Request, **options: Any) -> tuple[Any, Found]:
+        peft = require("peft", extra="adapters")
+        for option in options:
+            if option not in peft.LoraConfig.__dataclass_fields__:
+                raise InputError(f"PEFT's LoraConfig has no {option!r}")
+        config = lora_config(request, alpha=alpha, **{**fixed, **options})
+        return peft.get_peft_model(request.model, config), Found()
+
+    return start
+
+
+def _eva(
+    request: Request,
+    *,
+    rho: float = 2.0,
+    tau: float = 0.99,
+    whiten: bool = False,
+    use_label_mask: bool = True,
+    solver: eva.Method = "gram",
+    center: bool = True,
+    max_batches: int = 64,
+) -> tuple[Any, Found]:
+    peft = require("peft", extra="adapters")
+    settings = peft.EvaConfig(rho=rho, tau=tau, whiten=whiten, use_label_mask=use_label_mask)
+    config = lora_config(request, alpha=1.0, init_lora_weights="eva", eva_config=settings)
+    model = peft.get_peft_model(request.model, config, low_cpu_mem_usage=True)
+    report = eva.initialize(
+        model,
+        request.data,
+        method=solver,
+        center=center,
+        max_batches=max_batches,
+        forward_fn=request.forward_fn,
+        progress=request.progress,
+    )
+    model.eva = report
+    return model, Found(explained=report.explained, seconds=report.seconds)
+
+
+def _lora_ga(
+    request: Request,
+    *,
+    direction: Any = "ArB2r",
+    scale: Any = "stable",
+    gamma: float = 16.0,
+    n_batches: int = 8,
+) -> tuple[Any, Found]:
+    model = lora_ga.initialize(
+        request.model,
+        request.data,
+        lora_config(request, alpha=2.0, rslora=True),
+        direction=direction,
+        scale=scale,
+        gamma=gamma,
+        n_batches=n_batches,
+        loss_fn=request.loss_fn or loss_of,
+        seed=request.seed,
+        progress=request.progress,
+    )
+    return model, Found(captured=model.lora_ga.captured, seconds=model.lora_ga.seconds)
+
+
+METHODS: Mapping[str, Method] = {
+    "lora": Method("LoRA", "nothing", _plain()),
+    "rslora": Method("rank-stabilised LoRA", "nothing", _plain(rslora=True)),
+    "dora": Method("DoRA", "nothing", _plain(use_dora=True)),
+    "pissa": Method("PiSSA", "weights", _plain(init_lora_weights="pissa")),
+    "eva": Method("EVA", "activations", _eva),
+    "lora_ga": Method("LoRA-GA", "gradients", _lora_ga),
+    "gradnormlorp": Method(
+        "GradNormLoRP's adapter (DoRA)",
+        "nothing",
+        _plain(alpha=2.0, use_dora=True),
+        "fullrank.optim.GradNormLoRPAdamW, with A and B in a group that has a rank",
+    ),
+}
+"""Name -> method; a new one is a new row."""

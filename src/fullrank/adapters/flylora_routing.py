@@ -1,0 +1,176 @@
+"""FlyLoRA's arithmetic: a frozen sparse projection that is down-projection and router in one.
+
+Every column of ``B`` is an expert; a token takes the ``k`` whose rows of ``A`` answer it most
+(arXiv 2510.08396)::
+
+    y = A x,    I = top-k of |y + d|,    f(x) = alpha / r * sum over I of B[:, i] y_i
+
+``d`` only steers the choice. It follows the mean of the counts, as the official PEFT fork has it:
+the official ``flylora.py`` compares counts with the fraction ``k / r``, so that nearly every
+``d`` falls. The score is that of ``flylora.py``; the fork's is signed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fullrank.core.errors import InputError
+
+Score = Literal["abs", "signed"]
+
+
+def sparse_projection(r: int, n: int, density: float, seed: int = 0) -> Tensor:
+    """Draw ``A (r, n)``: the same number of non-zeros in each row, normal with deviation ``1/r``.
+
+    Parameters
+    ----------
+    r, n
+        Experts and inputs.
+    density
+        Share of non-zeros, rho: ``max(1, floor(density * n))`` a row. The paper's is ``k / r``.
+    seed
+        Of a generator of its own, on the CPU: the same matrix on any device.
+
+    Raises
+    ------
+    InputError
+        When a size is not positive or the density is not within (0, 1].
+
+    Examples
+    --------
+    >>> A = sparse_projection(4, 10, 0.25)
+    >>> (A != 0).sum(1)
+    tensor([2, 2, 2, 2])
+    """
+    if r < 1 or n < 1:
+        raise InputError(f"a projection of {r} x {n}; both sizes are at least 1")
+    if not 0 < density <= 1:
+        raise InputError(f"density={density}; it is above 0 and at most 1")
+    # 0.29 of 100 is 29, though the product of both floats is below it.
+    per_row = max(1, math.floor(density * n + 1e-9))
+    generator = torch.Generator().manual_seed(seed)
+    where = torch.rand(r, n, generator=generator).topk(per_row, dim=1).indices
+    values = torch.randn(r, per_row, generator=generator) / r
+    return torch.zeros(r, n).scatter_(1, where, values)
+
+
+def route(y: Tensor, d: Tensor, k: int, score: Score = "abs") -> Tensor:
+    """Return which experts each token takes.
+
+    Parameters
+    ----------
+    y
+        ``A x``, of shape ``(..., r)``.
+    d
+        Bias of the choice, ``(r,)``.
+    k
+        Experts a token.
+    score
+        ``"abs"``: the largest ``|y + d|``; ``"signed"``: the largest ``y + d``.
+
+    Returns
+    -------
+    Tensor
+        Boolean, of the shape of ``y``, with ``k`` true a token. No gradient flows through it.
+
+    Raises
+    ------
+    InputError
+        When ``k`` is not within 1 to r, or ``score`` is neither of both.
+
+    Examples
+    --------
+    >>> route(torch.tensor([3.0, -4.0, 1.0]), torch.zeros(3), 1)
+    tensor([False,  True, False])
+    """
+    r = y.shape[-1]
+    if not 1 <= k <= r:
+        raise InputError(f"k={k} experts of {r}; it is at least 1 and at most r")
+    if score not in ("abs", "signed"):
+        raise InputError(f"score={score!r}; it is 'abs' or 'signed'")
+    with torch.no_grad():
+        scores = y + d.to(y)
+        chosen = (scores.abs() if score == "abs" else scores).topk(k, dim=-1).indices
+        return torch.zeros_like(y, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def flylora_output(
+    x: Tensor, A: Tensor, B: Tensor, d: Tensor, k: int, scale: float, score: Score = "abs"
+) -> tuple[Tensor, Tensor]:
+    """Return the adapter's output (without the base layer's) and the experts taken.
+
+    Parameters
+    ----------
+    x
+        Inputs ``(..., in)``.
+    A, B, d
+        Frozen projection ``(r, in)``, experts ``(out, r)``, bias of the choice ``(r,)``.
+    k, score
+        As in :func:`route`.
+    scale
+        ``alpha / r`` (not ``alpha / k``).
+
+    Returns
+    -------
+    Tensor, Tensor
+        ``(..., out)`` in the type of ``x``, and the boolean mask ``(..., r)``.
+
+    Examples
+    --------
+    >>> x, A, B = torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.ones(3, 2)
+    >>> flylora_output(x, A, B, torch.zeros(2), 1, 1.0)
+    (tensor([[2., 2., 2.]]), tensor([[False,  True]]))
+    """
+    # Entries of A are of size 1/r: half precision would decide between answers it cannot tell
+    # apart, so projection and choice are made in float32 or wider, under autocast too.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(x.to(wide), A.to(wide))
+        taken = route(y, d, k, score)
+        update = scale * F.linear(y * taken, B.to(wide))
+    return update.to(x.dtype), taken
+
+
+def count(taken: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Count how many tokens took each expert.
+
+    Parameters
+    ----------
+    taken
+        Mask ``(..., r)`` of :func:`route`.
+    tokens
+        Boolean ``(...)``: the tokens that count, without padding; None for all.
+
+    Examples
+    --------
+    >>> count(torch.tensor([[True, False], [True, False]]), torch.tensor([True, False]))
+    tensor([1., 0.])
+    """
+    if tokens is not None:
+        taken = taken & tokens.bool().unsqueeze(-1)
+    return taken.reshape(-1, taken.shape[-1]).sum(0, dtype=torch.float32)
+
+
+def rebalance(d: Tensor, counts: Tensor, rate: float) -> Tensor:
+    """Return the next bias: experts taken less than the mean gain ``rate``, the others lose it.
+
+    Parameters
+    ----------
+    d
+        Bias of the choice ``(r,)``.
+    counts
+        Tokens per expert since the last time ``(r,)``, summed over processes.
+    rate
+        ``u``; 1e-3 in the paper's code.
+
+    Examples
+    --------
+    >>> rebalance(torch.zeros(3), torch.tensor([4.0, 2.0, 0.0]), 0.1)
+    tensor([-0.1000,  0.0000,  0.1000])
+    """
+    return d + rate * torch.sign(counts.mean() - counts).to(d)

@@ -1,0 +1,102 @@
+"""Adapters as ordinary LoRA files: equal on a fresh base, with PEFT alone; what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fullrank.adapters.adapt import adapt
+from fullrank.adapters.export import check_base, inspect, save_as_lora, to_lora
+from fullrank.core.errors import InputError, StoreError
+
+peft = pytest.importorskip("peft")
+
+
+def net(width=12):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def tuned(method, **changes):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 20, 12, generator=generator)
+    y = torch.randn(3, 20, 10, generator=generator)
+    model = adapt(
+        net(),
+        method,
+        rank=2,
+        data=list(zip(x, y, strict=True)),
+        loss_fn=lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
+        forward_fn=lambda m, batch: m(batch[0]),
+        progress=False,
+        **changes,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "eva", "lora_ga"])
+def test_the_file_gives_the_same_model_on_a_fresh_base(method, tmp_path):
+    model = tuned(method, **({"rho": 1.0} if method == "eva" else {}))
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    folder = save_as_lora(model, tmp_path / "lora")
+    check_base(net(), folder)
+    again = peft.PeftModel.from_pretrained(net(), folder)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+    with again.disable_adapter():
+        assert torch.equal(again(x), net()(x))
+    for name, (A, B) in to_lora(model).items():
+        merged = again.base_model.model.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(merged, B @ A, rtol=1e-5, atol=1e-6)
+    table = inspect(folder)
+    assert [row[0] for row in table.rows] == ["0", "2"]
+    assert all(row[2] == (4 if method == "lora_ga" else row[2]) for row in table.rows)
+
+
+def test_the_file_loads_in_a_process_without_fullrank(tmp_path):
+    model = tuned("lora_ga")
+    folder = save_as_lora(model, tmp_path / "lora")
+    torch.save(net().state_dict(), tmp_path / "base.pt")
+    code = f"""
+import sys, torch, peft
+from torch import nn
+base = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
+base.load_state_dict(torch.load({str(tmp_path / "base.pt")!r}, weights_only=True))
+model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
+assert "fullrank.adapters" not in sys.modules
+print(float(model(torch.ones(1, 12)).sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = model(torch.ones(1, 12)).sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("dora", "not of low rank"), ("pissa", "changed the base")]
+)
+def test_what_is_no_low_rank_update_is_refused(method, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        save_as_lora(tuned(method), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path):
+    folder = save_as_lora(tuned("lora"), tmp_path / "lora")
+    with pytest.raises(InputError, match=r"0 is \(16, 8\) here, and \(16, 12\) there"):
+        check_base(net(8), folder)
+    with pytest.raises(InputError, match="no module '0'"):
+        check_base(nn.Linear(12, 16), folder)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="holds no adapter"):
+        inspect(tmp_path)
+    with pytest.raises(InputError, match="no adapter 'default'"):
+        to_lora(net())
+    with pytest.raises(InputError, match="no adapter 'other'"):
+        to_lora(tuned("lora"), "other")
