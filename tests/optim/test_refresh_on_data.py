@@ -68,10 +68,7 @@ def test_a_refresh_keeps_the_energy_that_the_svd_keeps(text, kind, proj_type, ga
             shares += [share_of_the_best(p.grad, optimizer.state[p]) for p in projected]
     assert losses[-1] < losses[0]
     assert len(shares) == 13 * len(projected)
-    # A direction that rises from almost nothing is gained so slowly at first that iteration may
-    # stop before it counts: seen once in some hundred refreshes, by half a percent.
-    assert min(shares) >= 0.99
-    assert sum(share >= 0.999 for share in shares) >= 0.98 * len(shares)
+    assert min(shares) >= 0.999
     # Both ways were taken, and it is told how often.
     assert sum(optimizer.refreshes.values()) == len(shares)
     assert optimizer.refreshes["iteration"] > 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from fullrank.linalg.bases import orthonormalised
 from fullrank.optim.subspace import Projection, Side, as_basis, floats, leading_bases
 
 ENERGY = 0.999
@@ -20,6 +22,12 @@ ENERGY = 0.999
 _CONVERGED = 1e-4
 # A step costs two GEMMs and a QR, the decomposition that replaces them at least eight steps.
 _MOST_STEPS = 6
+# Power iteration cannot gain what is orthogonal to the basis it starts from, and gains slowly what
+# is nearly so: a direction that rises between two refreshes. So many random directions are taken
+# along, and show whether there is one worth having.
+_PROBES = 4
+# Share of the captured energy that may be missing by their account; they see less than there is.
+_MISSED = 0.5 * (1 - ENERGY)
 
 
 class IterativeSubspace(Projection):
@@ -28,9 +36,9 @@ class IterativeSubspace(Projection):
     A gradient that turned slowly since the last fit needs no SVD: a step or a few of block power
     iteration from the old basis capture what the SVD would. How much a step gained tells whether
     it was enough. As soon as it shows that a few more will not be, the eigenvectors of the
-    gradient's Gram matrix are taken instead, so that at least 99.9 % of the SVD's energy is
-    captured either way; seldom up to half a percent less, where a direction rises from almost
-    nothing. The first fit is the SVD itself.
+    gradient's Gram matrix are taken instead, and likewise where random probes find a direction
+    outside the basis that has risen above one inside, so that at least 99.9 % of the SVD's energy
+    is captured either way. The first fit is the SVD itself.
 
     Attributes
     ----------
@@ -56,22 +64,25 @@ class IterativeSubspace(Projection):
     @classmethod
     def fit_many(cls, subspaces: Sequence[Self], grads: Sequence[Tensor]) -> list[Self]:
         """Fit several at once, reading from the device once a round of power steps."""
+        if len(grads) > 1 and all(grad.device.type == "cpu" for grad in grads):
+            # Reading costs nothing there, and one matrix after another stays in the caches.
+            return [s.fit_many([s], [grad])[0] for s, grad in zip(subspaces, grads, strict=True)]
         found: list[Self | None] = [None] * len(subspaces)
         iterations = {
-            i: _PowerIteration(grad, subspace.left, subspace.right)
+            i: _PowerIteration(grad, subspace.rank, subspace.left, subspace.right)
             for i, (subspace, grad) in enumerate(zip(subspaces, grads, strict=True))
             if subspace.fitted
         }
         last: dict[int, float] = {}
-        for steps in range(1, _MOST_STEPS + 1):
+        for _ in range(_MOST_STEPS):
             if not iterations:
                 break
-            gains = torch.stack([each.step() for each in iterations.values()]).tolist()
-            for (i, iteration), gain in zip(list(iterations.items()), gains, strict=True):
-                if steps * gain <= _CONVERGED:
-                    found[i] = subspaces[i]._iterated(iteration, grads[i], steps)
-                    del iterations[i]
-                elif not _promising(gain, last.get(i), steps):
+            shown = torch.stack([each.step() for each in iterations.values()]).tolist()
+            for (i, iteration), (gain, missed) in zip(list(iterations.items()), shown, strict=True):
+                converged = iteration.steps * gain <= _CONVERGED
+                if converged and missed <= _MISSED:
+                    found[i] = subspaces[i]._iterated(iteration, grads[i])
+                if converged or not _promising(gain, last.get(i), iteration.steps):
                     del iterations[i]
                 last[i] = gain
         return [
@@ -83,11 +94,11 @@ class IterativeSubspace(Projection):
         decompose = leading_bases_by_gram if self.fitted else leading_bases
         return self._with(*(as_basis(b, grad) for b in decompose(grad, self.rank, self.side)))
 
-    def _iterated(self, iteration: _PowerIteration, grad: Tensor, steps: int) -> Self:
+    def _iterated(self, iteration: _PowerIteration, grad: Tensor) -> Self:
         fitted = self._with(as_basis(iteration.left, grad), as_basis(iteration.right, grad))
-        fitted.steps = steps
-        if iteration.grad is grad:
-            fitted._ready = (grad, iteration.small)
+        fitted.steps = iteration.steps
+        if grad.dtype == iteration.small.dtype:
+            fitted._ready = (grad, iteration.small.contiguous())
         return fitted
 
 
@@ -100,37 +111,96 @@ def _promising(gain: float, before: float | None, steps: int) -> bool:
 
 
 class _PowerIteration:
-    """Block power iteration on one gradient, from given bases of one side or both."""
+    """Block power iteration on one gradient, from given bases of one side or both.
 
-    def __init__(self, grad: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-        self.grad = floats(grad)
-        self.left = None if left is None else left.to(self.grad.dtype)
-        self.right = None if right is None else right.to(self.grad.dtype)
-        self.small = self._down()
-        self.energy = _energy(self.small)
+    The block is the basis and, behind it, a few random probes. Orthonormalising keeps the order:
+    what the probes become is orthogonal to the basis and has no influence on it. Bases are kept as
+    rows, for which the products with a block a little wider than a power of two are fastest.
+    """
 
-    def _down(self) -> Tensor:
-        small = self.grad if self.left is None else self.left.t() @ self.grad
-        return small if self.right is None else small @ self.right.t()
+    def __init__(self, grad: Tensor, rank: int, left: Tensor | None, right: Tensor | None) -> None:
+        self.rank, self.steps = rank, 0
+        self._turned = left is None
+        G = floats(grad)
+        # The block spans columns; for a right basis those of the transpose.
+        self._grad = G.t() if self._turned else G
+        first, second = (right, None) if left is None else (left.t(), right)
+        assert first is not None
+        self._block = self._with_probes(first)
+        self._other = None if second is None else self._with_probes(second)
+        down = self._block @ self._grad
+        self._small = down if self._other is None else down @ self._other.t()
+        self._energy = self._measured()[0].sum()
+
+    def _with_probes(self, rows: Tensor) -> Tensor:
+        G = self._grad
+        count = min(_PROBES, min(G.shape) - self.rank)
+        return torch.cat([rows.to(G.dtype), _probes(count, rows.shape[1], G.device, G.dtype)])
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Energy along each direction of the basis, and along each probe."""
+        squares = self._small.square()
+        inside = squares[: self.rank] if self._other is None else squares[: self.rank, : self.rank]
+        return inside.sum(1), squares[self.rank :].sum(1)
+
+    @property
+    def left(self) -> Tensor | None:
+        """Basis ``(m, r)`` of the left side."""
+        return None if self._turned else self._block[: self.rank].t()
+
+    @property
+    def right(self) -> Tensor | None:
+        """Basis ``(r, n)`` of the right side."""
+        rows = self._block if self._turned else self._other
+        return None if rows is None else rows[: self.rank]
+
+    @property
+    def small(self) -> Tensor:
+        """The gradient in the basis."""
+        small = self._small[: self.rank]
+        if self._other is not None:
+            return small[:, : self.rank]
+        return small.t() if self._turned else small
 
     def step(self) -> Tensor:
-        """Take one step and return the share of the captured energy that it gained."""
-        G, left, right = self.grad, self.left, self.right
-        if left is None:
-            self.right = _orthonormal(G.t() @ self.small).t()
-        elif right is None:
-            self.left = _orthonormal(G @ self.small.t())
+        """Take one step and return what it showed.
+
+        Returns
+        -------
+        Tensor
+            The share of the captured energy that the step gained, and the share that the probes
+            say is missing.
+        """
+        G = self._grad
+        if self._other is None:
+            self._block = _orthonormal_rows(self._small @ G.t())
+            self._small = self._block @ G
         else:
-            self.left = _orthonormal(G @ right.t())
-            self.right = _orthonormal(G.t() @ self.left).t()
-        self.small = self._down()
-        before, self.energy = self.energy, _energy(self.small)
-        return (self.energy - before) / self.energy
+            self._block = _orthonormal_rows(self._other @ G.t())
+            down = self._block @ G
+            self._other = _orthonormal_rows(down)
+            self._small = down @ self._other.t()
+        self.steps += 1
+        before = self._energy
+        inside, outside = self._measured()
+        self._energy = inside.sum()
+        # What a probe has more than one of the weakest directions of the basis, whose place it
+        # would take.
+        count = min(len(outside), self.rank)
+        weakest = inside.topk(count, largest=False).values
+        missed = (outside.topk(count).values - weakest).clamp_min(0)
+        return torch.stack([self._energy - before, missed.sum()]) / self._energy
 
 
-def _energy(small: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(small)
-    return norm.square()
+@lru_cache(maxsize=64)
+def _probes(count: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random directions as rows, the same for every matrix of a size."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(count, size, generator=generator).to(device, dtype)
+
+
+def _orthonormal_rows(rows: Tensor) -> Tensor:
+    return orthonormalised(rows.t()).t()
 
 
 def leading_bases_by_gram(
@@ -148,14 +218,9 @@ def leading_bases_by_gram(
         G = G.t()
     V = torch.linalg.eigh(G.t() @ G)[1][:, -rank:].flip(1)
     needs_long = side == "full" or side == ("right" if wide else "left")
-    U = _orthonormal(G @ V) if needs_long else None
+    U = orthonormalised(G @ V) if needs_long else None
     left, right = (V, U) if wide else (U, V)
     return (
         None if side == "right" or left is None else left.contiguous(),
         None if side == "left" or right is None else right.t().contiguous(),
     )
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(columns)[0]
-    return basis
