@@ -1,4 +1,4 @@
-"""Packages whose names are imported on first use, so that ``import fullrank`` stays instant."""
+"""Names that come to be on first use, so that ``import fullrank`` stays instant."""
 
 from __future__ import annotations
 
@@ -48,3 +48,28 @@ def lazy_exports(
         return sorted({*vars(sys.modules[package]), *exports})
 
     return __getattr__, __dir__, sorted(exports)
+
+
+def lazy_class(module: str, name: str, make: Callable[[], type[Any]]) -> Callable[[str], Any]:
+    """Give a module ``__getattr__`` for a class whose base lives in an optional library.
+
+    Parameters
+    ----------
+    module
+        ``__name__`` of the module.
+    name
+        The class's.
+    make
+        Imports the library and returns the class; called when the class is first asked for.
+    """
+
+    def __getattr__(wanted: str) -> Any:  # noqa: N807
+        if wanted != name:
+            raise AttributeError(f"module {module!r} has no attribute {wanted!r}")
+        made = make()
+        # Pickling and documentation find it where it is imported from.
+        made.__module__, made.__name__, made.__qualname__ = module, name, name
+        setattr(sys.modules[module], name, made)
+        return made
+
+    return __getattr__

@@ -15,8 +15,8 @@ import pytest
 from index_tools import WORDS, counted, make_corpus, make_documents
 
 from fullrank.core import Corpus, Document, InputError, LockedError, StoreError
+from fullrank.core.locking import write_lock
 from fullrank.retrieval import Encoder, Index, index_build, index_manifest, index_vectors
-from fullrank.retrieval.index_lock import write_lock
 
 QUERIES = {"q1": "matrix rank", "q2": "alpha omega spectrum"}
 
@@ -370,7 +370,7 @@ def test_encoding_goes_on_where_it_was_interrupted(tmp_path, encoder, monkeypatc
 HOLD = """
 import sys, time
 from pathlib import Path
-from fullrank.retrieval.index_lock import write_lock
+from fullrank.core.locking import write_lock
 with write_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 
 from fullrank.core import Corpus, Document, InputError
 from fullrank.retrieval.index_filters import Condition, matching, parse_where
-from fullrank.retrieval.index_lock import ReadHold, remove_unless_read
+from fullrank.retrieval.index_reading import ReadHold, remove_unless_read
 from fullrank.retrieval.index_snippet import best_snippet
 from fullrank.retrieval.index_tables import (
     StoredCorpus,

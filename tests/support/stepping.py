@@ -31,3 +31,32 @@ def through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def advance(model, optimizer, steps):
+    """Take the steps of these numbers, each with its own gradients; step 4 has a NaN."""
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if t == 4:
+            model[0].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+
+
+def assert_continues(build, stops, steps=9):
+    """Stopping after so many steps and continuing from files gives what never stopping does."""
+    whole, optimizer = build()
+    advance(whole, optimizer, range(steps))
+    for stop in stops:
+        first, before = build()
+        advance(first, before, range(stop))
+        second, after = build()
+        second.load_state_dict(through_a_file(first.state_dict()))
+        after.load_state_dict(through_a_file(before.state_dict()))
+        advance(second, after, range(stop, steps))
+        for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b), stop
+            for name, value in optimizer.state[a].items():
+                assert value.dtype == after.state[b][name].dtype
+                assert torch.equal(value, after.state[b][name])

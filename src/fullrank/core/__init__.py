@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fullrank.core.corpus import Document as Document
     from fullrank.core.corpus import Qrels as Qrels
     from fullrank.core.corpus import Queries as Queries
+    from fullrank.core.errors import DivergedError as DivergedError
     from fullrank.core.errors import FullrankError as FullrankError
     from fullrank.core.errors import InputError as InputError
     from fullrank.core.errors import LockedError as LockedError
@@ -57,6 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         **dict.fromkeys(
             [
+                "DivergedError",
                 "FullrankError",
                 "InputError",
                 "LockedError",

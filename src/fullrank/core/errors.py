@@ -19,6 +19,10 @@ class InputError(FullrankError, ValueError):
     """What was passed in cannot be worked on: the message names the value and what would do."""
 
 
+class DivergedError(InputError):
+    """A training's loss became infinite or not a number: its settings cannot be trained with."""
+
+
 class PlanError(FullrankError, ValueError):
     """A :class:`~fullrank.core.RankPlan` that does not fit what it is applied to."""
 

@@ -40,9 +40,9 @@ class PlanEntry:
     Parameters
     ----------
     shape
-        ``(out, in)`` of the weight.
+        ``(out, in)`` of the weight; of a stack of matrices, one above the other.
     rank
-        Rank in ``[1, min(shape)]``, or None to leave the matrix alone.
+        Rank in ``[1, min(matrix_shape)]``, or None to leave the matrix alone.
     method
         How factors or bases are made, e.g. ``"svd"`` or ``"output_pca"``.
     scheme
@@ -50,7 +50,14 @@ class PlanEntry:
     reason
         Why this rank, in words a person reads.
     options
-        What is not one integer a matrix (JSON values only).
+        What is not one integer a matrix (JSON values only). ``"stack"``: the weight is so many
+        matrices of one shape, each of that rank (a convolution's groups or filters).
+
+    Examples
+    --------
+    >>> groups = PlanEntry((64, 144), 8, scheme="channel", options={"stack": 4})
+    >>> groups.matrix_shape, groups.size("factor"), 4 * 8 * (16 + 144)
+    ((16, 144), 5120, 5120)
     """
 
     shape: tuple[int, int]
@@ -74,10 +81,30 @@ class PlanEntry:
         object.__setattr__(self, "rank", rank)
         if m < 1 or n < 1:
             raise PlanError(f"shape {self.shape} is not that of a matrix")
+        stack = self.stack
+        if type(stack) is not int or stack < 1 or m % stack:
+            raise PlanError(f"a weight of {m} x {n} is no stack of {stack!r} matrices")
+        m = m // stack
         if self.rank is not None and not 1 <= self.rank <= min(m, n):
             raise PlanError(
                 f"rank {self.rank} for a {m} x {n} matrix; it must lie in [1, {min(m, n)}]"
             )
+
+    @property
+    def stack(self) -> int:
+        """Number of matrices that the weight is read as."""
+        count: int = self.options.get("stack", 1)
+        return count
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(out, in)`` of each matrix."""
+        return self.shape[0] // self.stack, self.shape[1]
+
+    @property
+    def break_even(self) -> int:
+        """Largest rank at which factors are smaller than the weight; 0 if none is."""
+        return break_even(*self.matrix_shape)
 
     @property
     def dense_size(self) -> int:
@@ -93,7 +120,7 @@ class PlanEntry:
             return 2 * self.rank * max(m, n) + self.rank * min(m, n)
         if self.rank is None:
             return m * n if purpose == "factor" else 0
-        return self.rank * (m + n)
+        return self.stack * self.rank * sum(self.matrix_shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +258,9 @@ class RankPlan(Mapping[str, PlanEntry]):
         def scaled(_: str, entry: PlanEntry) -> PlanEntry:
             if entry.rank is None:
                 return entry
-            top = min(entry.shape)
+            top = min(entry.matrix_shape)
             if self.purpose == "factor":
-                top = min(top, break_even(*entry.shape))
+                top = min(top, entry.break_even)
             rank = min(max(1, round(entry.rank * factor)), top) or None
             return replace(entry, rank=rank)
 

@@ -19,10 +19,15 @@ RankRule = Callable[[Vector, int, int], int | None]
 
 
 class LayerSpectrum(NamedTuple):
-    """What a rule may look at: descending singular values of an ``(out, in)`` matrix."""
+    """What a rule may look at: descending singular values of an ``(out, in)`` matrix.
+
+    Of a stack of so many matrices of that shape (a convolution's groups or filters), which get
+    one rank, each value is the root of the sum of squares over the stack.
+    """
 
     values: Vector
     shape: tuple[int, int]
+    stack: int = 1
 
 
 @runtime_checkable
@@ -191,11 +196,11 @@ class PerKind:
         """
         unused = set(self.kinds)
         ranks: dict[str, int | None] = {}
-        for name, (values, shape) in spectra.items():
+        for name, seen in spectra.items():
             pattern = next((p for p in self.kinds if fnmatchcase(name, p)), None)
             unused.discard(pattern or "")
             kind = None if pattern is None else self.kinds[pattern]
-            ranks[name] = kind(values, *shape) if callable(kind) else kind
+            ranks[name] = kind(seen.values, *seen.shape) if callable(kind) else kind
         if unused:
             raise InputError(f"no layer is named like {sorted(unused)[0]!r}; see named_linears")
         return ranks

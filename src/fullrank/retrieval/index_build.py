@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from fullrank.core.corpus import Corpus, Document
 from fullrank.core.errors import InputError, StoreError
+from fullrank.core.locking import write_lock
 from fullrank.retrieval.bm25 import BM25
 from fullrank.retrieval.index_encoders import carry_models, describe
-from fullrank.retrieval.index_lock import write_lock
 from fullrank.retrieval.index_manifest import EncoderRecord, Manifest, Settings, read_manifest
 from fullrank.retrieval.index_store import (
     WORK,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fullrank.core.errors import FullrankError, StoreError
 from fullrank.core.files import sync_folder
-from fullrank.retrieval.index_lock import LOCK, OWNER, ReadHold, remove_unless_read
+from fullrank.core.locking import LOCK, OWNER
 from fullrank.retrieval.index_manifest import (
     MANIFEST,
     DamagedIndexError,
@@ -26,6 +26,7 @@ from fullrank.retrieval.index_manifest import (
     read_manifest,
     write_manifest,
 )
+from fullrank.retrieval.index_reading import ReadHold, remove_unless_read
 
 GENERATIONS = "generations"
 WORK = ".work"
@@ -142,7 +143,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
 def new_generation(folder: Path) -> Iterator[tuple[int, Path]]:
     """Give a number and an empty folder to write into; removed when that fails.
 
-    Call within :func:`~fullrank.retrieval.index_lock.write_lock`, and :func:`commit` last.
+    Call within :func:`~fullrank.core.locking.write_lock`, and :func:`commit` last.
 
     Raises
     ------
@@ -182,7 +183,7 @@ def commit(folder: Path, manifest: Manifest, part: Path) -> Manifest:
 def sweep(folder: Path) -> None:
     """Remove what nothing needs any more; what cannot be removed now, a later write will.
 
-    Call within :func:`~fullrank.retrieval.index_lock.write_lock`.
+    Call within :func:`~fullrank.core.locking.write_lock`.
     """
     keep = ""
     if (folder / MANIFEST).exists():
