@@ -5,10 +5,12 @@
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL         an extra package index to take torch from, e.g. PyTorch's CPU wheels
 #   DEMO_ARGS="--quick"     passed on to `fullrank demo`
+#   JOBS=2                  test files that run side by side
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
@@ -48,7 +50,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 wheel: install
 	$(BIN)/python scripts/check_wheel.py

@@ -4,6 +4,10 @@ import functools
 import os
 from pathlib import Path
 
+# Workers side by side, and the processes they start, must not each take all cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 from tiny_models import save_encoder

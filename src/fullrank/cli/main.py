@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fullrank._version import __version__
-from fullrank.cli import bench, demo, methods, order, see, serve, shrink, train
+from fullrank.cli import adapters, bench, demo, methods, order, see, serve, shrink, train
 from fullrank.core.errors import FullrankError
 
 # What a shell reports for a command that Ctrl-C ended.
@@ -34,6 +35,7 @@ app.add_typer(see.app, name="see")
 app.add_typer(train.app, name="train")
 app.command("shrink")(shrink.shrink)
 app.add_typer(order.app, name="order")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
@@ -91,7 +93,7 @@ def _no_interrupt_lost() -> Iterator[None]:
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            again = threading.Timer(0.01, _thread.interrupt_main)
+            again = threading.Timer(0.01, _interrupt_main)
             again.daemon = True
             again.start()
         else:
@@ -102,6 +104,14 @@ def _no_interrupt_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = usual
+
+
+def _interrupt_main() -> None:
+    """Send the main thread a signal, which also wakes it where it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:  # Windows
+        _thread.interrupt_main()
 
 
 def _report(error: Exception) -> int:
