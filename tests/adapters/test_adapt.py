@@ -6,11 +6,16 @@ from torch import nn
 
 from fullrank.adapters.adapt import adapt
 from fullrank.adapters.adapt_methods import METHODS
+from fullrank.adapters.export import save_as_lora
 from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 
 peft = pytest.importorskip("peft")
+
+from fullrank.adapters.randlora_layer import RandLoraLinear  # noqa: E402
+
+LAYERS = {"randlora": RandLoraLinear}
 
 
 class Block(nn.Module):
@@ -109,6 +114,10 @@ def test_a_plan_gives_each_layer_its_rank_at_the_same_scaling(method):
         purpose="adapter",
         fingerprint=model_fingerprint(net()),
     )
+    if not METHODS[method].planned:
+        with pytest.raises(PlanError, match="one rank"):
+            put_on(method, rank=None, plan=plan)
+        return
     model = put_on(method, rank=None, plan=plan)
     assert {layer.name: layer.rank for layer in model.adapt_report.layers} == ranks
     layers = [model.base_model.model.get_submodule(name) for name in ranks]
@@ -182,3 +191,114 @@ def test_plans_of_other_models_and_adapted_models_are_refused():
         put_on("lora", plan=plan)
     with pytest.raises(InputError, match="adapters already"):
         put_on("lora", put_on("lora"))
+
+
+class Quantised(nn.Linear):
+    """A layer whose weight is packed integers, as bitsandbytes' and others' are."""
+
+    def __init__(self):
+        super().__init__(12, 12)
+        packed = torch.zeros(72, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "pissa"])
+def test_quantised_layers_are_refused_where_weights_are_changed(method):
+    model = net()
+    model.blocks[1].k = Quantised()
+    with pytest.raises(InputError, match=r"blocks\.1\.k is quantised .*without quantisation"):
+        put_on(method, model)
+    with pytest.raises(InputError, match=r"k is 12 x 12: rank 13"):
+        put_on("lora", model, rank=13, targets="blocks.1.k")
+
+
+def held(model):
+    """Everything that a model consists of."""
+    return {
+        name: (
+            type(module),
+            module.training,
+            sorted(module.__dict__),
+            list(module._modules),
+            {
+                k: (id(p), p.data_ptr(), p.requires_grad, p.grad)
+                for k, p in module._parameters.items()
+            },
+            {k: id(b) for k, b in module._buffers.items()},
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_failure_at_any_point_leaves_the_base_as_it_was(method, monkeypatch):
+    """Ctrl-C in the middle: while layers are made, or in the second batch."""
+    model = net()
+    model.blocks[0].eval()
+    model.blocks[1].o.requires_grad_(False)
+    model.q.weight.grad = torch.ones_like(model.q.weight)
+    before, values = held(model), {n: v.clone() for n, v in model.state_dict().items()}
+
+    def interrupted():
+        yield data()[0]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if METHODS[method].needs in ("nothing", "weights"):
+            made = iter(range(100))
+            layer_class = LAYERS.get(method, peft.tuners.lora.Linear)
+            usual = layer_class.__init__
+
+            def third(self, *args, **options):
+                usual(self, *args, **options)
+                if next(made) == 3:
+                    raise KeyboardInterrupt
+
+            patch.setattr(layer_class, "__init__", third)
+        with pytest.raises(KeyboardInterrupt):
+            put_on(method, model, data=interrupted())
+    assert held(model) == before
+    assert all(torch.equal(model.state_dict()[name], v) for name, v in values.items())
+    put_on(method, model)
+
+
+@pytest.mark.parametrize("method", ["lora", "eva", "lora_ga"])
+def test_classifiers_are_trained_whole_and_given_back_after_errors(method, tmp_path):
+    from tiny_models import bert_config
+    from transformers import BertForSequenceClassification
+
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        return BertForSequenceClassification(bert_config(30, num_labels=3, **sizes)).eval()
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(0, 30, (6, 12), generator=generator),
+            "labels": torch.randint(0, 3, (6,), generator=generator),
+        }
+        for _ in range(3)
+    ]
+    options = {"rank": 1, "task_type": "SEQ_CLS", "progress": False}
+    model = base()
+    before = held(model)
+    if method != "lora":
+        with pytest.raises(InputError, match="empty"):
+            adapt(model, method, data=[], **options)
+        assert held(model) == before
+    tuned = adapt(model, method, data=batches, **options)
+    assert not any("classifier" in layer.name for layer in tuned.adapt_report.layers)
+    trained = [n for n, p in tuned.named_parameters() if p.requires_grad]
+    assert any("classifier.modules_to_save" in name for name in trained)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    expected = tuned.eval()(batches[0]["input_ids"]).logits
+    for save in (tuned.save_pretrained, lambda folder: save_as_lora(tuned, folder)):
+        save(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+        found = again(batches[0]["input_ids"]).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fullrank.adapters.adapt import adapt
-from fullrank.adapters.export import check_base, inspect, save_as_lora, to_lora
+from fullrank.adapters.export import check_base, save_as_lora, to_lora
+from fullrank.adapters.lora_reading import inspect
 from fullrank.core.errors import InputError, StoreError
 
 peft = pytest.importorskip("peft")

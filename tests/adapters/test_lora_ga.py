@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fullrank.adapters import lora_ga
+from fullrank.adapters.gradient_sketch import sketches
+from fullrank.adapters.gradients import fold_gradients
 from fullrank.adapters.lora_ga_start import start_from_gradient
 from fullrank.core.errors import InputError
 
@@ -125,6 +127,62 @@ def test_the_disabled_adapter_gives_the_base():
     assert torch.equal(model(x), before)
 
 
+def test_subtracting_the_start_leaves_the_base_alone(tmp_path):
+    base, x = net(), batches()[0]["x"]
+    model = tuned(mode="subtract_init")
+    torch.testing.assert_close(model(x), base(x), rtol=1e-6, atol=1e-6)
+    train(model)
+    trained = model(x)
+    other = train(tuned())(x)
+    torch.testing.assert_close(trained, other, rtol=1e-5, atol=1e-6)
+    for name in ("fc", "out"):
+        layer = model.base_model.model.get_submodule(name)
+        assert torch.equal(layer.get_base_layer().weight, base.get_submodule(name).weight)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x), rtol=1e-6, atol=1e-6)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), trained, rtol=1e-6, atol=1e-6)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(net(), tmp_path / "adapter").double()
+    torch.testing.assert_close(again(x), trained, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_weights_stay_exact_when_the_start_is_subtracted():
+    def start(mode):
+        data = [{k: v.bfloat16() for k, v in batch.items()} for batch in batches()]
+        options = {"n_batches": 3, "mode": mode, "progress": False}
+        return lora_ga.initialize(net().bfloat16(), data, config(), **options)
+
+    base = net().bfloat16()
+    kept = start("subtract_init").base_model.model.fc.get_base_layer().weight
+    assert torch.equal(kept, base.fc.weight)
+    assert not torch.equal(start("residual").base_model.model.fc.get_base_layer().weight, kept)
+
+
+@pytest.mark.parametrize("mode", ["residual", "subtract_init"])
+def test_a_checkpoint_is_gone_on_from(mode, tmp_path):
+    model = train(tuned(mode=mode))
+    model.save_pretrained(tmp_path / "adapter")
+    again = tuned(mode=mode)
+    again.load_adapter(tmp_path / "adapter", "default", is_trainable=True)
+    assert same(again.state_dict(), model.state_dict())
+    other = tuned(mode=mode, direction="A2rBr")
+    if mode == "residual":
+        with pytest.raises(InputError, match="fc differs; start it with the same data and seed"):
+            other.load_adapter(tmp_path / "adapter", "default")
+    else:
+        other.load_adapter(tmp_path / "adapter", "default")
+        assert same(other.state_dict(), model.state_dict())
+    smaller = lora_ga.initialize(net(), batches(), config(r=2), mode=mode, progress=False)
+    with pytest.raises(InputError, match="other layers or ranks"):
+        smaller.load_adapter(tmp_path / "adapter", "default")
+
+
 def train(model):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for batch in batches():
@@ -215,6 +273,9 @@ class Shared(Net):
         ),
         ({"direction": "AB"}, "ArB2r"),
         ({"scale": "large"}, "stable"),
+        ({"mode": "other"}, "subtract_init"),
+        ({"estimate": "other"}, "sketch"),
+        ({"estimate": "sketch", "model": Shared().double()}, "out got no gradient"),
         ({"n_batches": 0}, "n_batches"),
         ({"model": Shared().double()}, "out got no gradient"),
     ],
@@ -233,3 +294,66 @@ def test_bad_input_leaves_the_model_as_it_was(change, message):
     assert same(values["model"].state_dict(), before)
     assert isinstance(values["model"].fc, nn.Linear)
     assert all(p.requires_grad and p.grad is None for p in values["model"].parameters())
+
+
+def low_rank(m, n, decay, seed=0):
+    """A gradient whose singular values fall by a factor each."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (
+        torch.linalg.qr(torch.randn(k, min(m, n), generator=generator, dtype=torch.float64))[0]
+        for k in (m, n)
+    )
+    return (U * decay ** torch.arange(min(m, n), dtype=torch.float64)) @ V.T
+
+
+@pytest.mark.parametrize(("m", "n"), [(120, 90), (90, 120), (7, 40), (40, 7)])
+def test_a_sketch_finds_the_leading_directions_of_the_mean(m, n):
+    parts = [low_rank(m, n, 0.5, seed) for seed in range(2)]
+    sketch = sketches({"w": (m, n)}, {"w": 6}, seed=3, dtype=torch.float64)["w"]
+    for part in parts:
+        sketch.add(part)
+    U, S, Vh, norm = sketch.triplets(2)
+    mean = sum(parts) / 2
+    best = torch.linalg.svdvals(mean)
+    kept = torch.linalg.matrix_norm(U.T @ mean @ Vh.T)
+    assert kept > 0.99 * best[:6].norm()
+    torch.testing.assert_close(S[:3], best[:3], rtol=0.05, atol=0)
+    assert norm == pytest.approx(float(best.norm()), rel=0.5)
+    assert torch.allclose(U.T @ U, torch.eye(6, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_sketch_is_much_smaller_than_what_it_is_of_and_shapes_share_their_draws():
+    shapes = {"a": (1024, 1024), "b": (1024, 1024)}
+    made = sketches(shapes, {"a": 16, "b": 16}, seed=0)
+    assert made["a"].numbers < 0.2 * 1024**2
+    assert made["a"]._omega is made["b"]._omega
+
+
+def test_a_model_started_from_sketches_captures_what_the_exact_one_does():
+    exact, sketched = tuned(estimate="exact"), tuned(estimate="sketch")
+    x = batches()[0]["x"]
+    torch.testing.assert_close(sketched(x), net()(x), rtol=1e-6, atol=1e-6)
+    for name in ("fc", "out"):
+        G = gradient(net(), name)
+        kept = []
+        for model in (exact, sketched):
+            layer = model.base_model.model.get_submodule(name)
+            A = torch.linalg.qr(layer.lora_A["default"].weight.detach().T)[0]
+            B = torch.linalg.qr(layer.lora_B["default"].weight.detach())[0]
+            kept.append(((G @ A).norm() ** 2 + (B.T @ G).norm() ** 2).sqrt())
+        assert kept[1] > 0.95 * kept[0]
+
+
+def test_there_is_one_gradient_at_a_time():
+    model = net()
+    weights = {"fc": model.fc.weight, "out": model.out.weight}
+    held = []
+
+    class Fold:
+        def add(self, gradient):
+            held.append(sum(p.grad is not None for p in model.parameters()))
+
+    into = {name: Fold() for name in weights}
+    assert fold_gradients(model, weights, into, batches(), 3, progress=False) == 3
+    assert held == [1] * 6
+    assert all(p.grad is None for p in model.parameters())

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from fullrank.adapters.adapt import adapt as adapt
     from fullrank.adapters.eva_report import EvaReport as EvaReport
     from fullrank.adapters.export import check_base as check_base
-    from fullrank.adapters.export import inspect as inspect
     from fullrank.adapters.export import save_as_lora as save_as_lora
     from fullrank.adapters.export import to_lora as to_lora
     from fullrank.adapters.lora_files import LowRank as LowRank
     from fullrank.adapters.lora_files import write_lora as write_lora
     from fullrank.adapters.lora_ga import LoraGAReport as LoraGAReport
+    from fullrank.adapters.lora_reading import inspect as inspect
+    from fullrank.adapters.lora_reading import read_lora as read_lora
     from fullrank.adapters.merging import MergeReport as MergeReport
     from fullrank.adapters.merging import merge_adapters as merge_adapters
     from fullrank.adapters.merging import merge_updates as merge_updates
+    from fullrank.adapters.randlora import RandLoraConfig as RandLoraConfig
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -28,9 +30,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "lora_ga": "",
         **dict.fromkeys(["AdaptReport", "adapt"], "adapt"),
         "EvaReport": "eva_report",
-        **dict.fromkeys(["check_base", "inspect", "save_as_lora", "to_lora"], "export"),
+        **dict.fromkeys(["check_base", "save_as_lora", "to_lora"], "export"),
+        **dict.fromkeys(["inspect", "read_lora"], "lora_reading"),
         **dict.fromkeys(["LowRank", "write_lora"], "lora_files"),
         "LoraGAReport": "lora_ga",
         **dict.fromkeys(["MergeReport", "merge_adapters", "merge_updates"], "merging"),
+        "RandLoraConfig": "randlora",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from fullrank.adapters.adapt_methods import METHODS, Found, Method, Request
-from fullrank.core.errors import InputError, require
+from fullrank.core.errors import InputError, PlanError, require
 from fullrank.core.names import canonical_name
 from fullrank.core.plan import RankPlan
 from fullrank.core.table import Cell, Table
 
-# As in PEFT, and the rank most runs of the methods' papers include.
-_RANK = 8
+# Tensor subclasses of torchao that say they hold floating-point numbers.
+_QUANTISED = ("AffineQuantizedTensor", "LinearActivationQuantizedTensor", "Int4Tensor")
+# What an adapter leaves out by default: classifiers, which PEFT trains whole, and poolers, which
+# sentence embeddings do not depend on.
+_LEFT_OUT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "FEATURE_EXTRACTION": ("pooler",),
+}
 
 
 @dataclass(frozen=True)
@@ -95,19 +103,20 @@ def adapt(
     model
         The base model; an ordinary module.
     method
-        ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"`` (PEFT's), ``"eva"``, ``"lora_ga"``, or
-        ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``).
+        ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"`` (PEFT's), ``"eva"``, ``"lora_ga"``,
+        ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``), or ``"randlora"``.
     plan
         A rank for each layer: a :class:`~fullrank.core.RankPlan` of purpose ``"adapter"``. EVA
         keeps its ranks unless ``rho`` is given.
     rank
-        The same rank for all instead; 8 when neither is given.
+        The same rank for all instead; 8 when neither is given, for RandLoRA 32.
     data
         Batches: of the model's arguments (with labels for ``"lora_ga"``), or what ``forward_fn``
         or ``loss_fn`` take. Methods that need none leave them alone.
     targets
         Which linear layers: ends of names (``"query"``), or shell patterns over whole names; by
-        default all but the output head.
+        default all but the output head, the classifier (``task_type="SEQ_CLS"``) and the pooler
+        (``"FEATURE_EXTRACTION"``).
     alpha
         LoRA's, for the largest rank; by default a scaling of 1 (LoRA-GA: 2 r / sqrt(r), DoRA for
         GradNormLoRP: 2).
@@ -133,7 +142,8 @@ def adapt(
     ------
     InputError
         On an unknown method or option, a pattern that matches nothing, a rank above what a layer
-        allows, missing or unfit data. The model is then as it was.
+        allows, missing or unfit data, a quantised layer where the method changes weights. After
+        any error the model is as it was.
     PlanError
         When the plan is of another model or purpose.
 
@@ -151,10 +161,14 @@ def adapt(
         raise InputError(f"{row.title} needs {row.needs}: pass data, batches to take them from")
     if hasattr(model, "peft_config"):
         raise InputError("the model has adapters already; give the base model")
-    found = _targets(model, targets) if plan is None else _planned(model, plan)
-    wanted = _RANK if rank is None else rank
+    if plan is not None and not row.planned:
+        raise PlanError(f"{row.title} has one rank for all layers: give rank instead of a plan")
+    found = _targets(model, targets, task_type) if plan is None else _planned(model, plan)
+    wanted = row.rank if rank is None else rank
     ranks = {name: wanted if planned is None else planned for name, planned in found.items()}
     transposed = _check_ranks(model, ranks)
+    if not row.quantised:
+        _check_quantised(model, ranks, row)
     if plan is not None and method == "eva":
         options.setdefault("rho", 1.0)
     began = time.perf_counter()
@@ -186,11 +200,18 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, int | None]:
+def _targets(
+    model: nn.Module, targets: str | Sequence[str] | None, task_type: str | None
+) -> dict[str, int | None]:
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if targets is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [name for name, module in linear.items() if module is not head]
+        others = _LEFT_OUT.get(task_type or "", ())
+        found = [
+            name
+            for name, module in linear.items()
+            if module is not head and not any(part in others for part in name.split("."))
+        ]
         if not found:
             raise InputError("the model has no linear layer to adapt")
         return dict.fromkeys(found)
@@ -230,10 +251,13 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> bool:
     transposed = False
     for name, rank in ranks.items():
         module: Any = model.get_submodule(name)
-        most = min(module.weight.shape) if module.weight.dim() == 2 else rank
+        # A quantised weight is packed: its shape is not the layer's.
+        linear = isinstance(module, nn.Linear)
+        shape = (module.out_features, module.in_features) if linear else module.weight.shape
+        most = min(shape)
         if not 1 <= rank <= most:
             raise InputError(
-                f"{canonical_name(name)} is {' x '.join(map(str, module.weight.shape))}: rank "
+                f"{canonical_name(name)} is {' x '.join(map(str, shape))}: rank "
                 f"{rank} is not in [1, {most}]; give a smaller rank, a plan, or leave the layer "
                 "out of targets"
             )
@@ -241,23 +265,42 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> bool:
     return transposed
 
 
+def _check_quantised(model: nn.Module, names: Iterable[str], method: Method) -> None:
+    """Raise where a method would change a weight that is no matrix of floating-point numbers."""
+    for name in names:
+        weight: Any = model.get_submodule(name).weight
+        if not weight.is_floating_point() or type(weight).__name__ in _QUANTISED:
+            raise InputError(
+                f"{canonical_name(name)} is quantised ({weight.dtype}), and {method.title} changes "
+                "or decomposes weights: load the model without quantisation, or take lora or eva"
+            )
+
+
 @contextmanager
 def _undone_on_errors(model: nn.Module) -> Iterator[None]:
-    """Take everything out of the model again when something goes wrong."""
-    from_peft = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Bring everything of the model back when something goes wrong.
+
+    Modules, parameters, hooks, modes and attributes are put back as they were held before, and so
+    are the tensors that weights had: PiSSA gives layers new ones, one after another.
+    """
+    modules = [(module, _held(module)) for module in model.modules()]
+    weights = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, from_peft):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.get_base_layer())
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        for parameter, wanted in asked:
+        for module, held in modules:
+            module.__dict__.clear()
+            module.__dict__.update(held)
+        for parameter, data, wanted, gradient in weights:
+            if parameter.data.data_ptr() != data.data_ptr():
+                parameter.data = data
             parameter.requires_grad_(wanted)
+            parameter.grad = gradient
         raise
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    return {k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
 
 
 def _layers(model: Any, found: Found) -> tuple[LayerReport, ...]:

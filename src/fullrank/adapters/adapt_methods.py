@@ -78,12 +78,21 @@ class Method:
         Makes the ``PeftModel``; its keyword arguments are the method's own options.
     optimizer
         The optimizer it is meant for, where that is a particular one.
+    quantised
+        Whether the base's weights may be quantised.
+    rank
+        Where none is asked for.
+    planned
+        Whether layers may have ranks of their own.
     """
 
     title: str
     needs: Needs
     start: Callable[..., tuple[Any, Found]]
     optimizer: str = ""
+    quantised: bool = True
+    rank: int = 8  # as in PEFT, and the rank most runs of the methods' papers include
+    planned: bool = True
 
 
 def lora_config(request: Request, *, alpha: float, rslora: bool = False, **options: Any) -> Any:
@@ -162,6 +171,8 @@ def _lora_ga(
     scale: Any = "stable",
     gamma: float = 16.0,
     n_batches: int = 8,
+    mode: Any = "residual",
+    estimate: Any = "auto",
 ) -> tuple[Any, Found]:
     model = lora_ga.initialize(
         request.model,
@@ -171,6 +182,8 @@ def _lora_ga(
         scale=scale,
         gamma=gamma,
         n_batches=n_batches,
+        mode=mode,
+        estimate=estimate,
         loss_fn=request.loss_fn or loss_of,
         seed=request.seed,
         progress=request.progress,
@@ -178,18 +191,38 @@ def _lora_ga(
     return model, Found(captured=model.lora_ga.captured, seconds=model.lora_ga.seconds)
 
 
+def _randlora(request: Request, **options: Any) -> tuple[Any, Found]:
+    peft = require("peft", extra="adapters")
+    config_class = require("fullrank.adapters.randlora", extra="adapters").RandLoraConfig
+    for option in options:
+        if option not in config_class.__dataclass_fields__:
+            raise InputError(f"RandLoraConfig has no {option!r}")
+    names = [name for name, _ in request.model.named_modules()]
+    config = config_class(
+        r=max(request.ranks.values()),
+        alpha=request.alpha,
+        target_modules=exact_targets(request.ranks, names),
+        dropout=request.dropout,
+        task_type=request.task_type,
+        **{"projection_key": request.seed, **options},
+    )
+    return peft.get_peft_model(request.model, config), Found()
+
+
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", "nothing", _plain()),
     "rslora": Method("rank-stabilised LoRA", "nothing", _plain(rslora=True)),
     "dora": Method("DoRA", "nothing", _plain(use_dora=True)),
-    "pissa": Method("PiSSA", "weights", _plain(init_lora_weights="pissa")),
+    "pissa": Method("PiSSA", "weights", _plain(init_lora_weights="pissa"), quantised=False),
     "eva": Method("EVA", "activations", _eva),
-    "lora_ga": Method("LoRA-GA", "gradients", _lora_ga),
+    "lora_ga": Method("LoRA-GA", "gradients", _lora_ga, quantised=False),
     "gradnormlorp": Method(
         "GradNormLoRP's adapter (DoRA)",
         "nothing",
         _plain(alpha=2.0, use_dora=True),
         "fullrank.optim.GradNormLoRPAdamW, with A and B in a group that has a rank",
     ),
+    # RandLoRA's r is the rank of one of many bases: 32 in PEFT, and a smaller one trains more.
+    "randlora": Method("RandLoRA", "nothing", _randlora, rank=32, planned=False),
 }
 """Name -> method; a new one is a new row."""

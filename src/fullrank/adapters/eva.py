@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from fullrank.adapters.eva_components import Components, GramComponents, IncrementalComponents
 from fullrank.adapters.eva_report import EvaReport as EvaReport
 from fullrank.adapters.layer_inputs import (
-    device_of,
     lora_layers,
-    run_batch,
     same_inputs,
     token_mask,
     watch_inputs,
 )
 from fullrank.adapters.lora_files import exact_targets
+from fullrank.core.batches import call, device_of, moved
 from fullrank.core.errors import InputError, require
 from fullrank.core.modes import evaluating
 from fullrank.core.names import canonical_name, model_fingerprint
@@ -115,7 +114,7 @@ def initialize(
     mask_of = token_mask_fn or (
         lambda batch: token_mask(batch, labels=bool(options.use_label_mask))
     )
-    search.collect(dataloader, max_batches, forward_fn or run_batch, mask_of, progress)
+    search.collect(dataloader, max_batches, forward_fn or call, mask_of, progress)
     ranks = search.allot()
     state = search.weights(ranks, bool(options.whiten))
     if config.eva_config is None:
@@ -215,7 +214,7 @@ class _Search:
         mask_of: Callable[[Any], Tensor | None],
     ) -> bool:
         """Find layers with the same input, of which one is watched; whether the batch was used."""
-        batch = device_of(self.model, batch)
+        batch = moved(batch, device_of(self.model))
         once = all(self._by_moments(layer) for layer in self.layers.values())
 
         def start(name: str, x: Tensor) -> None:
@@ -268,7 +267,7 @@ class _Search:
         forward: Callable[[nn.Module, Any], Any],
         mask_of: Callable[[Any], Tensor | None],
     ) -> None:
-        batch = device_of(self.model, batch)
+        batch = moved(batch, device_of(self.model))
         with watch_inputs({n: self.layers[n] for n in wanted}, self._add, mask_of(batch)):
             forward(self.model, batch)
         self.passes += 1

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fullrank.adapters.lora_files import LowRank, update_of, write_lora
-from fullrank.adapters.lora_ga import start_of
-from fullrank.core.errors import InputError, StoreError, require
+from fullrank.adapters.lora_files import LowRank, trained_whole, update_of, write_lora
+from fullrank.adapters.lora_ga_model import start_of
+from fullrank.adapters.lora_reading import CHANGED_BASE, factors, read_config
+from fullrank.core.errors import InputError, require
 from fullrank.core.names import canonical_name
-from fullrank.core.table import Cell, Table
 
-# PEFT's initialisations that take the start out of the base weight, which is then not known here.
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
-_FACTOR = ".lora_A.weight"
 _PREFIX = "base_model.model."
 
 
@@ -57,7 +52,7 @@ def to_lora(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
     if adapter not in configs:
         raise InputError(f"there is no adapter {adapter!r}; there are {', '.join(configs) or '-'}")
     start = str(getattr(configs[adapter], "init_lora_weights", ""))
-    if start.startswith(_CHANGED_BASE):
+    if start.startswith(CHANGED_BASE):
         raise InputError(
             f"{start} changed the base weights; save it with PEFT's "
             "path_initial_model_for_weight_conversion, or use merge_and_unload"
@@ -84,7 +79,8 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     Raises
     ------
     InputError
-        As :func:`to_lora`, and when whole modules were trained beside the layers.
+        As :func:`to_lora`, and when biases were trained beside the layers. Modules that were
+        trained whole (a classifier) are in the file too, as PEFT writes them.
 
     Examples
     --------
@@ -92,51 +88,12 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     """
     updates = to_lora(model, adapter)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
-    if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
+    if getattr(config, "bias", "none") != "none":
         raise InputError(
-            f"adapter {adapter!r} also trained {config.modules_to_save or 'biases'}, which are no "
-            "low-rank update; use model.save_pretrained or merge_and_unload"
+            f"adapter {adapter!r} also trained biases, which are no low-rank update; use "
+            "model.save_pretrained or merge_and_unload"
         )
-    return write_lora(folder, updates, config)
-
-
-def inspect(folder: str | Path) -> Table:
-    """Show what is in a folder with a LoRA adapter, from its files alone.
-
-    Parameters
-    ----------
-    folder
-        With ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Returns
-    -------
-    Table
-        A row a layer: shape, rank, numbers, and the norm of ``B A`` before scaling.
-
-    Raises
-    ------
-    StoreError
-        When the folder holds no such adapter.
-
-    Examples
-    --------
-    >>> inspect("adapter")  # doctest: +SKIP
-    """
-    config = _config(folder)
-    rows: list[list[Cell]] = []
-    for name, A, B in _factors(folder):
-        if A.dim() != 2:
-            continue
-        size = float(torch.linalg.matrix_norm(B.float() @ A.float()))
-        shape = f"{len(B)} x {A.shape[1]}"
-        rows.append([name, shape, len(A), A.numel() + B.numel(), size])
-    base = config.get("base_model_name_or_path") or "a model without a name"
-    return Table(
-        ["layer", "shape", "rank", "numbers", "norm"],
-        rows,
-        title=f"{config.get('peft_type')} for {base}",
-        formats={"numbers": ",d"},
-    )
+    return write_lora(folder, updates, config, trained_whole(model, adapter))
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:
@@ -156,12 +113,13 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
     >>> check_base(model, "adapter")  # doctest: +SKIP
     """
     modules = dict(model.named_modules())
-    for name, A, B in _factors(folder):
+    for name, A, B in factors(folder):
         module = modules.get(name)
         if module is None:
+            base = read_config(folder).get("base_model_name_or_path")
             raise InputError(
                 f"{folder} is for another base model: this one has no module {name!r}; load "
-                f"{_config(folder).get('base_model_name_or_path') or 'the one it was trained on'}"
+                f"{base or 'the one it was trained on'}"
             )
         weight: Any = getattr(module, "weight", None)
         shape = tuple(weight.shape) if weight is not None else ()
@@ -189,32 +147,3 @@ def _update(name: str, layer: Any, adapter: str) -> LowRank:
     return LowRank(
         torch.cat([now.A, first.A.to(now.A)]), torch.cat([now.B, -first.B.to(now.B)], dim=1)
     )
-
-
-def _config(folder: str | Path) -> dict[str, Any]:
-    try:
-        text = (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
-        config = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder} holds no adapter: {error}") from error
-    if not isinstance(config, dict):
-        raise StoreError(f"{folder} holds no adapter: its configuration is no table")
-    return config
-
-
-def _factors(folder: str | Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Module name, ``A`` and ``B`` of each layer of a LoRA file."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(folder) / "adapter_model.safetensors"
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            keys = [key for key in file.keys() if key.endswith(_FACTOR)]  # noqa: SIM118
-            if not keys:
-                raise StoreError(f"{path} holds no LoRA factors")
-            for key in keys:
-                other = key.removesuffix(_FACTOR) + ".lora_B.weight"
-                name = key.removesuffix(_FACTOR).removeprefix(_PREFIX)
-                yield name, file.get_tensor(key), file.get_tensor(other)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error

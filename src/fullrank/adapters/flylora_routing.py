@@ -13,15 +13,18 @@ the official ``flylora.py`` compares counts with the fraction ``k / r``, so that
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from fullrank.adapters.low_rank_add import add_low_rank
 from fullrank.core.errors import InputError
 
 Score = Literal["abs", "signed"]
+Groups = Sequence[tuple[int, int]]
 
 
 def sparse_projection(r: int, n: int, density: float, seed: int = 0) -> Tensor:
@@ -93,47 +96,89 @@ def route(y: Tensor, d: Tensor, k: int, score: Score = "abs") -> Tensor:
         raise InputError(f"k={k} experts of {r}; it is at least 1 and at most r")
     if score not in ("abs", "signed"):
         raise InputError(f"score={score!r}; it is 'abs' or 'signed'")
+    if k == r:
+        return torch.ones_like(y, dtype=torch.bool)
     with torch.no_grad():
         scores = y + d.to(y)
-        chosen = (scores.abs() if score == "abs" else scores).topk(k, dim=-1).indices
+        chosen = (scores.abs() if score == "abs" else scores).topk(k, dim=-1, sorted=False).indices
         return torch.zeros_like(y, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def flylora_output(
-    x: Tensor, A: Tensor, B: Tensor, d: Tensor, k: int, scale: float, score: Score = "abs"
-) -> tuple[Tensor, Tensor]:
-    """Return the adapter's output (without the base layer's) and the experts taken.
+def route_groups(y: Tensor, d: Tensor, groups: Groups, score: Score = "abs") -> Tensor:
+    """Return which experts each token takes when several sets of experts stand side by side.
 
     Parameters
     ----------
+    y, d, score
+        As in :func:`route`, of all sets in a row.
+    groups
+        For each set, its experts and how many of them a token takes.
+
+    Raises
+    ------
+    InputError
+        As in :func:`route`, and when the groups do not add up to ``r``.
+
+    Examples
+    --------
+    >>> y = torch.tensor([3.0, -4.0, 1.0, 2.0])
+    >>> route_groups(y, torch.zeros(4), [(2, 1), (2, 1)])
+    tensor([False,  True, False,  True])
+    """
+    sizes = [r for r, _ in groups]
+    if sum(sizes) != y.shape[-1]:
+        raise InputError(f"groups of {sizes} experts for {y.shape[-1]} of them")
+    parts = zip(torch.split(y, sizes, -1), torch.split(d, sizes), groups, strict=True)
+    taken = [route(of_y, of_d, k, score) for of_y, of_d, (_, k) in parts]
+    return taken[0] if len(taken) == 1 else torch.cat(taken, dim=-1)
+
+
+def flylora_output(
+    h: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor,
+    groups: Groups,
+    scale: float,
+    score: Score = "abs",
+) -> tuple[Tensor, Tensor]:
+    """Add the adapter to a layer's output; also return the experts taken.
+
+    Parameters
+    ----------
+    h
+        Output of the layer, ``(..., out)``.
     x
-        Inputs ``(..., in)``.
+        Its input, ``(..., in)``.
     A, B, d
         Frozen projection ``(r, in)``, experts ``(out, r)``, bias of the choice ``(r,)``.
-    k, score
-        As in :func:`route`.
+    groups
+        As in :func:`route_groups`: ``[(r, k)]`` for one task.
     scale
         ``alpha / r`` (not ``alpha / k``).
+    score
+        As in :func:`route`.
 
     Returns
     -------
     Tensor, Tensor
-        ``(..., out)`` in the type of ``x``, and the boolean mask ``(..., r)``.
+        ``(..., out)`` in the type of ``h``, and the boolean mask ``(..., r)``.
 
     Examples
     --------
     >>> x, A, B = torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.ones(3, 2)
-    >>> flylora_output(x, A, B, torch.zeros(2), 1, 1.0)
-    (tensor([[2., 2., 2.]]), tensor([[False,  True]]))
+    >>> flylora_output(torch.ones(1, 3), x, A, B, torch.zeros(2), [(2, 1)], 1.0)
+    (tensor([[3., 3., 3.]]), tensor([[False,  True]]))
     """
     # Entries of A are of size 1/r: half precision would decide between answers it cannot tell
     # apart, so projection and choice are made in float32 or wider, under autocast too.
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(x.to(wide), A.to(wide))
-        taken = route(y, d, k, score)
-        update = scale * F.linear(y * taken, B.to(wide))
-    return update.to(x.dtype), taken
+        taken = route_groups(y, d, groups, score)
+        chosen = y * taken
+    return add_low_rank(h, chosen, B, scale), taken
 
 
 def count(taken: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -156,7 +201,7 @@ def count(taken: Tensor, tokens: Tensor | None = None) -> Tensor:
     return taken.reshape(-1, taken.shape[-1]).sum(0, dtype=torch.float32)
 
 
-def rebalance(d: Tensor, counts: Tensor, rate: float) -> Tensor:
+def rebalance(d: Tensor, counts: Tensor, rate: float, groups: Groups | None = None) -> Tensor:
     """Return the next bias: experts taken less than the mean gain ``rate``, the others lose it.
 
     Parameters
@@ -167,10 +212,14 @@ def rebalance(d: Tensor, counts: Tensor, rate: float) -> Tensor:
         Tokens per expert since the last time ``(r,)``, summed over processes.
     rate
         ``u``; 1e-3 in the paper's code.
+    groups
+        As in :func:`route_groups`; each has a mean of its own. None for one group.
 
     Examples
     --------
     >>> rebalance(torch.zeros(3), torch.tensor([4.0, 2.0, 0.0]), 0.1)
     tensor([-0.1000,  0.0000,  0.1000])
     """
-    return d + rate * torch.sign(counts.mean() - counts).to(d)
+    sizes = [len(counts)] if groups is None else [r for r, _ in groups]
+    lacking = torch.cat([part.mean() - part for part in torch.split(counts, sizes)])
+    return d + rate * torch.sign(lacking).to(d)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fullrank.adapters.layer_inputs import device_of, run_batch
+from fullrank.core.batches import call, device_of, moved
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
 from fullrank.core.progress import progress as progress_bar
@@ -17,7 +17,7 @@ from fullrank.core.progress import progress as progress_bar
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
     """Run a model on a batch and return its loss."""
-    result = run_batch(model, batch)
+    result = call(model, batch)
     loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(
@@ -25,6 +25,33 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
             "batch as loss_fn"
         )
     return loss
+
+
+class GradientSum:
+    """The mean of a weight's gradients, whole."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.total: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Take in a gradient, which may be freed then."""
+        if self.total is None:
+            self.total = gradient.to(self._dtype, copy=True)
+        else:
+            self.total += gradient
+
+    def mean(self, count: int) -> Tensor:
+        """Over so many batches, and over all processes."""
+        assert self.total is not None
+        return shared(self.total.div_(count))
+
+
+class Folds(Protocol):
+    """Something that gradients are folded into, one by one."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Take in a gradient, which may be freed then."""
 
 
 def mean_gradients(
@@ -39,31 +66,19 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Mean gradient of the loss with respect to weights, over at most so many batches.
 
-    A gradient is added to its sum, and freed, as soon as the backward pass has made it: beside
-    the sums there is one gradient at a time. A weight that is used several times gets the sum over
-    its uses. Every process of ``torch.distributed`` gets the mean over all.
+    Every process of ``torch.distributed`` gets the mean over all.
 
     Parameters
     ----------
-    model
-        Run as it is, in training mode or not.
-    weights
-        Name -> weight; all other parameters are left out of the backward pass.
-    data
-        Batches.
-    batches
-        How many to use.
-    loss_fn
-        ``(model, batch) -> loss``.
+    model, weights, data, batches, loss_fn, progress
+        As :func:`fold_gradients`.
     dtype
         Of the sums.
-    progress
-        Show a bar.
 
     Raises
     ------
     InputError
-        When there is no batch, the loss is not finite, or a weight gets no gradient.
+        As :func:`fold_gradients`.
 
     Examples
     --------
@@ -73,20 +88,67 @@ def mean_gradients(
     >>> found["w"]
     tensor([[1., 1.]])
     """
-    sums: dict[str, Tensor] = {}
+    sums = {name: GradientSum(dtype) for name in weights}
+    seen = fold_gradients(model, weights, sums, data, batches, loss_fn=loss_fn, progress=progress)
+    return {name: total.mean(seen) for name, total in sums.items()}
+
+
+def fold_gradients(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    into: Mapping[str, Folds],
+    data: Iterable[Any],
+    batches: int,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] = loss_of,
+    progress: bool = True,
+) -> int:
+    """Fold the gradients of weights into something, batch by batch; return how many there were.
+
+    A gradient is folded, and freed, as soon as the backward pass has made it: there is never more
+    than one. A weight that is used several times gets the sum over its uses.
+
+    Parameters
+    ----------
+    model
+        Run as it is, in training mode or not.
+    weights
+        Name -> weight; all other parameters are left out of the backward pass.
+    into
+        Name -> what takes its gradients.
+    data
+        Batches.
+    batches
+        How many to use.
+    loss_fn
+        ``(model, batch) -> loss``.
+    progress
+        Show a bar.
+
+    Raises
+    ------
+    InputError
+        When there is no batch, the loss is not finite, or a weight gets no gradient.
+    """
+    reached: set[str] = set()
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(_only(model, weights.values()))
         for name, weight in weights.items():
-            hook = weight.register_post_accumulate_grad_hook(_adder(name, sums, dtype))  # type: ignore[no-untyped-call]
+            hook = weight.register_post_accumulate_grad_hook(_folder(name, into[name], reached))  # type: ignore[no-untyped-call]
             stack.callback(hook.remove)
         stack.enter_context(torch.enable_grad())
         advance = stack.enter_context(progress_bar("gradients", batches, progress, "batches"))
         for batch in data:
-            loss = loss_fn(model, device_of(model, batch))
+            loss = loss_fn(model, moved(batch, device_of(model)))
             if not torch.isfinite(loss):
                 raise InputError(
                     f"the loss of batch {seen + 1} is {loss.item()}; gradients cannot be estimated"
+                )
+            if not loss.requires_grad:
+                raise InputError(
+                    f"the loss of batch {seen + 1} does not depend on any weight to adapt; give "
+                    "other targets, or a loss_fn that runs the model"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             seen += 1
@@ -95,29 +157,28 @@ def mean_gradients(
                 break
     if not seen:
         raise InputError("the data loader is empty; at least one batch is needed")
-    missing = [name for name in weights if name not in sums]
+    missing = [name for name in weights if name not in reached]
     if missing:
         raise InputError(
             f"{canonical_name(missing[0])} got no gradient: the loss does not depend on it; leave "
             "it out of target_modules"
         )
-    return {name: _shared(total.div_(seen)) for name, total in sums.items()}
+    return seen
 
 
-def _adder(name: str, sums: dict[str, Tensor], dtype: torch.dtype) -> Callable[[Tensor], None]:
-    def add(weight: Tensor) -> None:
+def _folder(name: str, into: Folds, reached: set[str]) -> Callable[[Tensor], None]:
+    def fold(weight: Tensor) -> None:
         gradient = weight.grad
         assert gradient is not None
-        if name in sums:
-            sums[name] += gradient
-        else:
-            sums[name] = gradient.to(dtype, copy=True)
+        into.add(gradient)
+        reached.add(name)
         weight.grad = None
 
-    return add
+    return fold
 
 
-def _shared(mean: Tensor) -> Tensor:
+def shared(mean: Tensor) -> Tensor:
+    """Return the mean over all processes of ``torch.distributed``; changes ``mean``."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()

@@ -11,6 +11,7 @@ and the biases ``a`` and ``c``; the paper's formulas have neither.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from fullrank.adapters.lora_files import LowRank
+from fullrank.adapters.low_rank_add import add_low_rank
 from fullrank.core.errors import InputError
 
 
@@ -38,9 +40,10 @@ class Branch:
     a: Tensor | None = None
     c: Tensor | None = None
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """Return ``B (A z + a) + c`` for ``z`` of shape ``(..., in)``."""
-        return F.linear(F.linear(z, self.A, self.a), self.B, self.c)
+    def down(self, z: Tensor) -> Tensor:
+        """Return ``A z + a`` for ``z`` of shape ``(..., in)``."""
+        wide = torch.promote_types(z.dtype, self.A.dtype)
+        return F.linear(z.to(wide), self.A.to(wide), None if self.a is None else self.a.to(wide))
 
     def at_zero(self) -> Tensor | None:
         """What the biases alone put out, ``B a + c``; None when there are none."""
@@ -51,20 +54,31 @@ class Branch:
 
 
 def hydra_output(
-    h: Tensor, x: Tensor, parallel: Branch | None, sequential: Branch | None, scale: float = 1.0
+    h: Tensor,
+    x: Tensor,
+    parallel: Branch | None,
+    sequential: Branch | None,
+    scale: float = 1.0,
+    *,
+    base: Tensor | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Add both branches to a layer's output.
 
     Parameters
     ----------
     h
-        ``W0 x + b0``, of shape ``(..., out)``: of the base layer, without other adapters.
+        What they are added to, of shape ``(..., out)``.
     x
         The layer's input, of shape ``(..., in)``.
     parallel, sequential
-        Branches on ``x`` and on ``h``; None for none.
+        Branches on ``x`` and on the layer's output; None for none.
     scale
         ``s``.
+    base
+        Output ``W0 x + b0`` of the base layer, where other adapters were added to ``h`` already.
+    dropout
+        Applied between the down- and the up-projections.
 
     Examples
     --------
@@ -73,12 +87,22 @@ def hydra_output(
     >>> hydra_output(F.linear(x, W0), x, None, twice)
     tensor([[2., 1., 1.]])
     """
-    y = h
-    if parallel is not None:
-        y = y + scale * parallel(x)
-    if sequential is not None:
-        y = y + scale * sequential(h)
+    seen = [(parallel, x), (sequential, h if base is None else base)]
+    present = [(branch, z) for branch, z in seen if branch is not None]
+    if not present:
+        return h
+    # Side by side, both branches are one product and one pass over the layer's output.
+    z = _joined([branch.down(z) for branch, z in present])
+    B = _joined([branch.B for branch, _ in present])
+    y = add_low_rank(h, z if dropout is None else dropout(z), B, scale)
+    for branch, _ in present:
+        if branch.c is not None:
+            y = y + (scale * branch.c).to(y.dtype)
     return y
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def hydra_lora(

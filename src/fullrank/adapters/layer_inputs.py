@@ -50,30 +50,6 @@ def _is_matrix(layer: Any) -> bool:
     return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch: its arguments by name, in order, or the one it takes."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def device_of(model: nn.Module, batch: Any) -> Any:
-    """Move a batch to where the model's weights are."""
-    real = (p.device for p in model.parameters() if p.device.type != "meta")
-    device = next(real, torch.device("cpu"))
-    return _moved(batch, device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _moved(inner, device) for name, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(inner, device) for inner in value)
-    return value
-
-
 def token_mask(batch: Any, *, labels: bool) -> Tensor | None:
     """``(batch, length)`` mask of the tokens that count, or None where all do."""
     if not isinstance(batch, Mapping):

@@ -44,7 +44,13 @@ def exact_targets(names: Iterable[str], others: Iterable[str] | None = None) -> 
     return "|".join(map(re.escape, wanted)) if unclear else wanted
 
 
-def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) -> Path:
+def write_lora(
+    folder: str | Path,
+    updates: Mapping[str, LowRank],
+    config: Any,
+    whole: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> Path:
     """Write low-rank updates as a LoRA adapter, whole or not at all.
 
     Parameters
@@ -55,6 +61,10 @@ def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) 
         Name of a module of the base model -> its update, scaling included. Ranks may differ.
     config
         A ``LoraConfig`` whose base model, task and revision are kept.
+    whole
+        Tensors of modules that were trained whole, as :func:`trained_whole` gives them.
+    beside
+        Other files to write with it, by name.
 
     Raises
     ------
@@ -91,10 +101,11 @@ def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) 
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
-        fan_in_fan_out=config.fan_in_fan_out,
+        fan_in_fan_out=getattr(config, "fan_in_fan_out", False),
+        modules_to_save=config.modules_to_save if whole else None,
         inference_mode=True,
     )
-    tensors = {}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (whole or {}).items()}
     for name, (A, B) in updates.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
@@ -104,6 +115,8 @@ def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) 
     part.mkdir(parents=True)
     try:
         atomic_write(part / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+        for name, content in (beside or {}).items():
+            atomic_write(part / name, content)
         plain.save_pretrained(str(part))
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(part.iterdir(), key=lambda p: p.name == "adapter_config.json"):
@@ -111,6 +124,15 @@ def write_lora(folder: str | Path, updates: Mapping[str, LowRank], config: Any) 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def trained_whole(model: Any, adapter: str) -> dict[str, Tensor]:
+    """Tensors of PEFT's ``modules_to_save``, such as a classifier, by their name in a file."""
+    peft = require("peft", extra="adapters")
+    wrappers = require("peft.utils.other", extra="adapters").ModulesToSaveWrapper
+    names = [name for name, module in model.named_modules() if isinstance(module, wrappers)]
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter)
+    return {key: t for key, t in state.items() if any(key.startswith(f"{n}.") for n in names)}
 
 
 @torch.no_grad()

@@ -83,8 +83,52 @@ def start_from_gradient(
     >>> (start.B @ start.A).abs().sum().item(), round(start.captured, 3)
     (2.0, 1.0)
     """
-    U, S, Vh = _decomposed(gradient, rank, generator)
-    rounding = max(gradient.shape) * torch.finfo(S.dtype).eps * S[0]
+    norm = float(torch.linalg.vector_norm(gradient.float()))
+    return start_from_triplets(
+        *_decomposed(gradient, rank, generator),
+        norm,
+        rank,
+        scaling,
+        weight,
+        direction=direction,
+        scale=scale,
+        gamma=gamma,
+        generator=generator,
+    )
+
+
+def start_from_triplets(
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    norm: float,
+    rank: int,
+    scaling: float,
+    weight: Tensor,
+    *,
+    direction: Direction = "ArB2r",
+    scale: Scale = "stable",
+    gamma: float = 16.0,
+    generator: torch.Generator | int | None = 0,
+) -> Start:
+    """Return LoRA-GA's factors from the gradient's leading singular triplets.
+
+    Parameters
+    ----------
+    U, S, Vh
+        ``(out, 2r)``, ``(2r,)`` and ``(2r, in)``.
+    norm
+        Frobenius norm of the whole gradient.
+    rank, scaling, weight, direction, scale, gamma, generator
+        As :func:`start_from_gradient`.
+
+    Raises
+    ------
+    InputError
+        When the gradient's own rank is below r.
+    """
+    out, width = len(U), Vh.shape[1]
+    rounding = max(out, width) * torch.finfo(S.dtype).eps * S[0]
     found = int(S.gt(rounding).sum())
     if found < rank:
         raise InputError(
@@ -93,7 +137,7 @@ def start_from_gradient(
         )
     in_A, in_B = _indices(direction, rank, generator)
     A, B, sizes = Vh[in_A], U[:, in_B], S[in_B]
-    c = gradient.shape[0] ** 0.25 / gamma**0.5
+    c = out**0.25 / gamma**0.5
     if scale == "stable":
         A, B = c * A, c * B
     elif scale == "gd":
@@ -109,7 +153,7 @@ def start_from_gradient(
             A, B = A / scaling, B / scaling
         elif scale == "peft_weightS" and sizes[0] > 0:
             B = B * (_values(weight, 1)[0] / sizes[0])
-    captured = float(S.norm() / gradient.float().norm().clamp_min(1e-30))
+    captured = float(S.norm()) / max(norm, 1e-30)
     return Start(A.contiguous(), B.contiguous(), min(captured, 1.0))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from fullrank.adapters.export import to_lora
 from fullrank.adapters.lora_files import LowRank
-from fullrank.adapters.lora_ga import start_of
+from fullrank.adapters.lora_ga_model import changed_base
 from fullrank.core.errors import InputError, require
 from fullrank.core.table import Cell, Table
 
@@ -144,11 +144,12 @@ def merge_adapters(
                 f"{name!r} is a {configs[name].peft_type.value} adapter; merge_adapters puts LoRA "
                 "ones together. Use merge_updates on their low-rank updates, or merge_and_unload"
             )
-    if any(start_of(module) is not None for module in model.modules()):
+    if any(changed_base(module) for module in model.modules()):
         # Updates are of the weights as they were; a new adapter here would add to changed ones.
         raise InputError(
             "LoRA-GA changed this model's base weights; write its adapters with save_as_lora, "
-            "load them on a fresh base model, and merge there"
+            "load them on a fresh base model, and merge there (or start it with "
+            "mode='subtract_init')"
         )
     report = merge_updates([to_lora(model, name) for name in names], weights, rank)
     ranks = {name: len(update.A) for name, update in report.updates.items()}

@@ -1,0 +1,77 @@
+"""A folder with an adapter of any type, on its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fullrank.adapters.export import check_base
+from fullrank.adapters.lora_reading import read_config
+from fullrank.core.errors import InputError, require
+from fullrank.core.models import load_model
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def load_adapter(folder: str | Path, base: str | Path | None = None) -> Any:
+    """Load an adapter on its base model, after a look at whether it is for that one.
+
+    Parameters
+    ----------
+    folder
+        With ``adapter_config.json`` and ``adapter_model.safetensors``.
+    base
+        Folder or Hugging Face name of the base model; None for the one that the adapter names.
+
+    Returns
+    -------
+    PeftModel
+        In evaluation mode.
+
+    Raises
+    ------
+    InputError
+        When there is no such base model, or the adapter is for another one.
+    StoreError
+        When the folder holds no adapter.
+
+    Examples
+    --------
+    >>> model = load_adapter("adapter")  # doctest: +SKIP
+    """
+    peft = require("peft", extra="adapters")
+    transformers = require("transformers", extra="hf")
+    config = read_config(folder)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{folder} names no base model; give one (--base)")
+    task = config.get("task_type")
+    options: dict[str, Any] = {}
+    if task == "SEQ_CLS":
+        options["num_labels"] = _labels(folder)
+    kind = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else _CLASSES.get(str(task))
+    loader = getattr(transformers, kind or "AutoModel")
+    model = load_model(name, lambda source: loader.from_pretrained(source, **options))
+    if config.get("peft_type") == "LORA":
+        check_base(model, folder)
+    return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _labels(folder: str | Path) -> int:
+    """How many labels the classifier in an adapter's file tells apart."""
+    from safetensors import safe_open
+
+    from fullrank.adapters.lora_reading import WEIGHTS
+
+    with safe_open(str(Path(folder) / WEIGHTS), framework="pt") as file:
+        heads = [
+            key
+            for key in file.keys()  # noqa: SIM118
+            if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))
+        ]
+        return int(file.get_slice(heads[0]).get_shape()[0]) if heads else 2
