@@ -22,8 +22,8 @@ from tiny_images import accuracy, cifar, digits, fit, mean_and_spread
 from tiny_lm import data_folder
 from torch import nn
 
-from fullrank.compress.conv_split import split_layer
 from fullrank.compress.factorization import replace_modules
+from fullrank.compress.layers_build import build_layer
 from fullrank.compress.matrices_conv import matricise_conv
 from fullrank.compress.trp import TRP
 from fullrank.compress.trp_truncation import truncate
@@ -110,7 +110,7 @@ def at_ranks_of(plan, model: nn.Module) -> nn.Module:
     small = copy.deepcopy(model)
     modules = dict(small.named_modules())
     split = {name: entry for name, entry in plan.items() if entry.rank is not None}
-    replace_modules(small, {name: split_layer(modules[name], e) for name, e in split.items()})
+    replace_modules(small, {name: build_layer(modules[name], e) for name, e in split.items()})
     return small
 
 

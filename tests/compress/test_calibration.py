@@ -166,7 +166,7 @@ def test_bad_data_is_named(model):
 
 
 def test_patterns_that_match_nothing_are_named(model):
-    with pytest.raises(InputError, match=r"no linear layer is named like 'fc\*'"):
+    with pytest.raises(InputError, match=r"no linear layer or convolution is named like 'fc\*'"):
         factorisable(model, include=["fc*"])
     with pytest.raises(InputError, match="embed"):
         factorisable(model, exclude=["embed"])

@@ -65,6 +65,24 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lord", "pca", "svd", "gauss_newton"])
+def test_methods_that_calibrate(encoder, texts, tmp_path, method):
+    out = tmp_path / "out"
+    given = ["--keep", 0.6, "--calibrate", texts, "--method", method, "--no-recover"]
+    result = run(encoder, "--out", out, *given)
+    assert result.exit_code == 0, result.output
+    assert 0 < RankPlan.load(out / "plan.json").savings().kept <= 0.6
+
+
+@pytest.mark.parametrize(("method", "keep"), [("greenformers", 0.6), ("welore", 0.9)])
+def test_methods_without_data(encoder, tmp_path, method, keep):
+    result = run(encoder, "--out", tmp_path / "out", "--keep", keep, "--method", method)
+    assert result.exit_code == 0, result.output
+    plan = RankPlan.load(tmp_path / "out" / "plan.json")
+    assert 0 < plan.savings().kept <= keep
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text())["method"] == method
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,6 +90,10 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
         (["--keep", 0.5, "--floor", "RR>=90%"], "give one of --floor"),
         (["--floor", "RR>=90%"], "pass --data"),
         (["--keep", 1.5], "--keep 1.5"),
+        (["--keep", 0.5, "--method", "maestro"], "call fullrank.compress.Maestro"),
+        (["--keep", 0.5, "--method", "qr"], "it is one of gauss_newton"),
+        (["--floor", "RR>=90%", "--data", "pydocs", "--method", "welore"], "not with welore"),
+        (["--keep", 0.01, "--method", "welore"], "welore keeps at least"),
         (["--keep", 0.5], "needs texts"),
         (["--keep", 0.5, "--calibrate", "texts.pdf"], "come as .txt or .jsonl"),
         (["--keep", 0.5, "--calibrate", "absent.txt"], "cannot be read"),

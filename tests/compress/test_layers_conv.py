@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fullrank.compress.conv_split import split_conv, split_layer
+from fullrank.compress.conv_split import split_conv
+from fullrank.compress.layers_build import build_layer
 from fullrank.compress.layers_conv import LowRankConv, LowRankConv1d, LowRankConv2d, LowRankConv3d
 from fullrank.compress.matrices_conv import factor_numbers, matricise_conv
 from fullrank.compress.stacked_svd import components
@@ -176,7 +177,7 @@ def test_a_zero_or_broken_weight():
         (lambda: split_conv(conv(kernel_size=3), 2).truncate(3), "cannot truncate rank 2 to 3"),
         (lambda: LowRankConv.like(nn.ReLU(), 1, "channel"), "a ReLU is no convolution"),
         (
-            lambda: split_layer(conv(kernel_size=3), PlanEntry((8, 54), None, scheme="channel")),
+            lambda: build_layer(conv(kernel_size=3), PlanEntry((8, 54), None, scheme="channel")),
             "leaves this layer dense",
         ),
     ],

@@ -5,24 +5,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from labelled_ids import LabelledIds  # noqa: E402
 from tiny_models import bert_config  # noqa: E402
 
 from fullrank.compress.maestro import Maestro  # noqa: E402
 from fullrank.compress.maestro_trainer import MaestroTrainer  # noqa: E402
 from fullrank.core.errors import InputError  # noqa: E402
-
-
-class Data(torch.utils.data.Dataset):
-    def __init__(self, n=16, length=6):
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, 30, (n, length), generator=generator)
-        self.labels = torch.randint(0, 3, (n,), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": self.labels[i]}
 
 
 def made(lam=1e-2, eps=1.0, dropout=0.1):
@@ -56,7 +44,7 @@ def trainer(folder, maestro, **changes):
     extra = {k: changes.pop(k) for k in ("shrink_every",) if k in changes}
     arguments = transformers.TrainingArguments(str(folder), **settings | changes)
     return MaestroTrainer(
-        maestro, args=arguments, train_dataset=Data(), eval_dataset=Data(), **extra
+        maestro, args=arguments, train_dataset=LabelledIds(), eval_dataset=LabelledIds(), **extra
     )
 
 

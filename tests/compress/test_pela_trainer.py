@@ -5,26 +5,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from labelled_ids import LabelledIds  # noqa: E402
 from tiny_models import bert_config  # noqa: E402
 
 from fullrank.compress.pela import pela_compress  # noqa: E402
 from fullrank.compress.pela_loss import PELALoss  # noqa: E402
 from fullrank.compress.pela_trainer import PELATrainer  # noqa: E402
-
-
-class Data(torch.utils.data.Dataset):
-    def __init__(self, n=16, length=6):
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, 30, (n, length), generator=generator)
-        self.labels = torch.randint(0, 3, (n,), generator=generator)
-        self.lengths = torch.randint(2, length + 1, (n,), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        mask = (torch.arange(self.ids.shape[1]) < self.lengths[i]).long()
-        return {"input_ids": self.ids[i], "attention_mask": mask, "labels": self.labels[i]}
 
 
 def models(dropout=0.0):
@@ -56,8 +42,14 @@ def trainer(folder, teacher, student, steps=4, **changes):
     }
     extra = {k: changes.pop(k) for k in ("alpha", "beta", "every") if k in changes}
     arguments = transformers.TrainingArguments(str(folder), **settings | changes)
+    data = LabelledIds(masked=True)
     return PELATrainer(
-        student, teacher, args=arguments, train_dataset=Data(), eval_dataset=Data(), **extra
+        student,
+        teacher,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        **extra,
     )
 
 
@@ -120,7 +112,9 @@ def weights_after(folder, accumulate, batch, normalised):
 def full_length(monkeypatch):
     # With padding a mean over tokens of micro-batches is not the mean over the batch.
     monkeypatch.setattr(
-        Data, "__getitem__", lambda self, i: {"input_ids": self.ids[i], "labels": self.labels[i]}
+        LabelledIds,
+        "__getitem__",
+        lambda self, i: {"input_ids": self.ids[i], "labels": self.labels[i]},
     )
 
 

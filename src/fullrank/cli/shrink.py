@@ -80,7 +80,11 @@ def shrink(
         Path | None, typer.Option(help="A rank plan (JSON) to apply; no search.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="gauss_newton, output_pca (LoRD) or svd.")
+        str,
+        typer.Option(
+            help="gauss_newton, lord (feature PCA), pca (the same, uniform), svd, greenformers or "
+            "welore; the last two need no data and no --floor."
+        ),
     ] = "gauss_newton",
     recover: Annotated[
         bool, typer.Option(help="Distil the original's embeddings into the shrunk model.")
@@ -105,7 +109,13 @@ def shrink(
         raise InputError(f"--keep {keep}; it is a share in (0, 1]")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; give a new folder")
-    if calibrate is None and data is None and method != "svd":
+
+    from fullrank.compress.planning_share import DATA_FREE, FAMILIES, check_one_shot
+
+    method = check_one_shot(method)
+    if goal is not None and method not in FAMILIES:
+        raise InputError(f"--floor searches with {', '.join(FAMILIES)}, not with {method}")
+    if calibrate is None and data is None and method != "svd" and method not in DATA_FREE:
         raise InputError("calibration needs texts: pass --calibrate FILE (or --data)")
 
     from fullrank.compress import report, save
@@ -206,7 +216,9 @@ def _to_floor(
     seed: int,
 ) -> Shrunk:
     from fullrank.compress import shrink as search
+    from fullrank.compress.planning_share import FAMILIES
 
+    solver, allocation = FAMILIES[method]
     dev = _split(dataset, "dev")
     metric = _metric(goal, dev)
     return search(
@@ -217,7 +229,8 @@ def _to_floor(
         relative=goal.relative,
         clusters=[dev.clusters[q] for q in metric.queries] if dev.clusters else None,
         recover=None if recover else False,
-        method=method,
+        method=solver,
+        allocation=allocation,
         max_length=max_length,
         seconds=seconds,
         seed=seed,
@@ -260,10 +273,10 @@ def _to_plan(
         Batches,
         CalibrationStats,
         Distillation,
-        PlanFamily,
         RankPlan,
         factorize,
     )
+    from fullrank.compress.planning_share import DATA_FREE, plan_for_share
     from fullrank.compress.targets import factorisable
 
     stats = None
@@ -275,13 +288,12 @@ def _to_plan(
         if not plan.is_file():
             raise InputError(f"there is no plan at {plan}")
         chosen = RankPlan.load(plan)
-        small = factorize(copy.deepcopy(encoder), chosen, stats)
     else:
-        if stats is None:
+        if stats is None and method not in DATA_FREE:
             raise InputError("--keep needs calibration texts to give out ranks: pass --calibrate")
-        family = PlanFamily(encoder, stats, method=method)
-        chosen = family.plan(keep or 1.0)
-        small = family.build(chosen)
+        chosen = plan_for_share(encoder, method, keep or 1.0, stats)
+    # The scale of each component shared between the factors, for the recovery that follows.
+    small = factorize(copy.deepcopy(encoder), chosen, stats, balance="sqrt")
     if recover and texts:
         Distillation(encoder, texts, max_length=max_length, seed=seed, progress=True)(small)
     return small, chosen

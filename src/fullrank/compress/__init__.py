@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from fullrank.compress.curve import Shrunk as Shrunk
     from fullrank.compress.distill import Distillation as Distillation
     from fullrank.compress.factorization import factorize as factorize
-    from fullrank.compress.factorization import report as report
     from fullrank.compress.family import PlanFamily as PlanFamily
     from fullrank.compress.floor import shrink as shrink
+    from fullrank.compress.greenformers import greenformers as greenformers
+    from fullrank.compress.greenformers import greenformers_plan as greenformers_plan
     from fullrank.compress.layers import LowRankLinear as LowRankLinear
     from fullrank.compress.layers_conv import LowRankConv1d as LowRankConv1d
     from fullrank.compress.layers_conv import LowRankConv2d as LowRankConv2d
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
     from fullrank.compress.maestro import Maestro as Maestro
     from fullrank.compress.matrices import Matricised as Matricised
     from fullrank.compress.matrices import matricise as matricise
+    from fullrank.compress.measured_speed import faster_only as faster_only
     from fullrank.compress.pela import pela_compress as pela_compress
     from fullrank.compress.pela import pela_plan as pela_plan
     from fullrank.compress.pela_loss import PELALoss as PELALoss
     from fullrank.compress.planning import layer_spectra as layer_spectra
     from fullrank.compress.planning import make_plan as make_plan
+    from fullrank.compress.report import report as report
+    from fullrank.compress.rules_threshold import ImportanceThreshold as ImportanceThreshold
+    from fullrank.compress.rules_threshold import NormalisedThreshold as NormalisedThreshold
+    from fullrank.compress.rules_threshold import solve_for_reduction as solve_for_reduction
+    from fullrank.compress.semi_nmf import semi_nmf as semi_nmf
     from fullrank.compress.solvers import Decomposition as Decomposition
     from fullrank.compress.solvers import Factors as Factors
     from fullrank.compress.solvers import decompose as decompose
@@ -42,6 +49,11 @@ if TYPE_CHECKING:
     from fullrank.compress.store import save as save
     from fullrank.compress.targets import factorisable as factorisable
     from fullrank.compress.trp import TRP as TRP
+    from fullrank.compress.welore import WeLoreConfig as WeLoreConfig
+    from fullrank.compress.welore import WeLoreReport as WeLoreReport
+    from fullrank.compress.welore import mark_trainable as mark_trainable
+    from fullrank.compress.welore import welore_compress as welore_compress
+    from fullrank.compress.welore import welore_plan as welore_plan
     from fullrank.core.plan import RankPlan as RankPlan
     from fullrank.core.rank_rules import Energy as Energy
     from fullrank.core.rank_rules import Fixed as Fixed
@@ -60,11 +72,14 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "shrink": "floor",
         "factorisable": "targets",
         "PlanFamily": "family",
-        **dict.fromkeys(["factorize", "report"], "factorization"),
+        "factorize": "factorization",
+        **dict.fromkeys(["greenformers", "greenformers_plan"], "greenformers"),
+        "report": "report",
         "LowRankLinear": "layers",
         **dict.fromkeys(["LoRDConfig", "lord_compress"], "lord"),
         "Maestro": "maestro",
         **dict.fromkeys(["Matricised", "matricise"], "matrices"),
+        "faster_only": "measured_speed",
         "pela_compress": "pela",
         "PELALoss": "pela_loss",
         "PELATrainer": "pela_trainer",
@@ -77,6 +92,15 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["layer_spectra", "make_plan"], "planning"),
         **dict.fromkeys(["Candidate", "FloorError", "Shrunk"], "curve"),
         **dict.fromkeys(["Decomposition", "Factors", "decompose", "split"], "solvers"),
+        "semi_nmf": "semi_nmf",
+        **dict.fromkeys(
+            ["ImportanceThreshold", "NormalisedThreshold", "solve_for_reduction"],
+            "rules_threshold",
+        ),
+        **dict.fromkeys(
+            ["WeLoreConfig", "WeLoreReport", "mark_trainable", "welore_compress", "welore_plan"],
+            "welore",
+        ),
         **dict.fromkeys(["export_dense", "load", "save"], "store"),
         **dict.fromkeys(
             [

@@ -38,7 +38,11 @@ class LossCurve:
 
 
 def loss_curve(
-    loss: npt.NDArray[np.float64], shape: tuple[int, int], grid: int = 8, scale: float = 1.0
+    loss: npt.NDArray[np.float64],
+    shape: tuple[int, int],
+    grid: int = 8,
+    scale: float = 1.0,
+    stack: int = 1,
 ) -> LossCurve:
     """Build a layer's curve from what dropping each component costs.
 
@@ -52,14 +56,16 @@ def loss_curve(
         Ranks are multiples of this; of an eighth of the layer's narrower side if that is less.
     scale
         Multiplies every loss.
+    stack
+        Matrices of that shape that get one rank together.
     """
     m, n = shape
     step = max(1, min(grid, min(m, n) // 8))
     tail = np.concatenate([np.cumsum(loss[::-1])[::-1], [0.0]]) * scale
     top = break_even(m, n)
     ranks = list(range(step, top + 1, step)) or ([top] if top else [])
-    steps = [Step(r, r * (m + n), float(tail[min(r, len(loss))])) for r in ranks]
-    steps.append(Step(None, m * n, 0.0))
+    steps = [Step(r, stack * r * (m + n), float(tail[min(r, len(loss))])) for r in ranks]
+    steps.append(Step(None, stack * m * n, 0.0))
     return LossCurve(tuple(_hull(steps)))
 
 
@@ -68,11 +74,11 @@ def curves_from(
 ) -> dict[str, LossCurve]:
     """Build every layer's curve; ``relative`` counts each loss against the layer's own total."""
     curves = {}
-    for name, (values, shape) in spectra.items():
-        loss = np.square(values)
+    for name, seen in spectra.items():
+        loss = np.square(seen.values)
         total = float(loss.sum())
         scale = 1 / total if relative and total > 0 else 1.0
-        curves[name] = loss_curve(loss, shape, grid, scale)
+        curves[name] = loss_curve(loss, seen.shape, grid, scale, seen.stack)
     return curves
 
 

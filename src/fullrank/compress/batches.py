@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fullrank.core.batches import Batch, device_of, is_sentence_transformer, moved
 from fullrank.core.errors import InputError
-
-Batch = Any
-"""A tensor, a tuple of tensors (positional arguments) or a mapping (keyword arguments)."""
 
 
 class Batches:
@@ -66,7 +64,7 @@ class Batches:
                 raise InputError("the calibration data is empty; give at least a few dozen samples")
             if isinstance(data[0], str):
                 self._data = _tokenised(model, data, batch_size, max_length, tokenizer)
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device = device_of(model)
 
     @property
     def total(self) -> int | None:
@@ -74,7 +72,7 @@ class Batches:
         return len(self._data) if isinstance(self._data, Sequence) else None
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_to(batch, self._device) for batch in self._data)
+        return (moved(batch, self._device) for batch in self._data)
 
 
 def _tokenised(
@@ -114,29 +112,6 @@ def tokenise(
         texts, padding=True, truncation=True, return_tensors="pt", **cut
     )
     return batch
-
-
-def is_sentence_transformer(model: nn.Module) -> bool:
-    """Whether this is a sentence-transformers model, without importing the library."""
-    return any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_to(v, device) for v in value)
-    return value
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch."""
-    if isinstance(batch, Mapping):
-        # A SentenceTransformer takes its features as one dictionary, and writes into it.
-        return model(dict(batch)) if is_sentence_transformer(model) else model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def attention_mask(batch: Batch) -> Tensor | None:

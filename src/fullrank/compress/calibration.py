@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from fullrank.compress.batches import Batches, attention_mask, call, output_of, probe
+from fullrank.compress.batches import Batches, attention_mask, output_of, probe
 from fullrank.compress.matrices import matricise
+from fullrank.compress.matrices_conv import CONVOLUTIONS
+from fullrank.core.batches import call
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError, StoreError
 from fullrank.core.files import atomic_write
@@ -106,9 +108,10 @@ class CalibrationStats(Mapping[str, LayerStats]):
     Parameters
     ----------
     modules
-        Canonical name -> layer (``nn.Linear`` or ``Conv1D``).
+        Canonical name -> layer (``nn.Linear``, ``Conv1D`` or a convolution).
     side
-        ``"input"``, ``"output"`` or ``"auto"``: the narrower one of each layer.
+        ``"input"``, ``"output"`` or ``"auto"``: the narrower one of each layer. Of a convolution
+        always the output, each place of which is a sample.
     gradients
         Whether to keep second moments of output gradients as well (see :meth:`observe`).
 
@@ -134,8 +137,11 @@ class CalibrationStats(Mapping[str, LayerStats]):
         self._gradients = gradients
         self._stats: dict[str, LayerStats] = {}
         for name, module in self._modules.items():
-            m, n = matricise(module).matrix.shape
+            found = matricise(module)
+            m, n = found.stack * found.shape[0], found.shape[1]
             use: Side = ("output" if m <= n else "input") if side == "auto" else side
+            if isinstance(module, CONVOLUTIONS):
+                use = "output"
             self._stats[name] = _empty(use, m if use == "output" else n, module, gradients)
 
     def __getitem__(self, name: str) -> LayerStats:
@@ -155,6 +161,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
 
     def _narrow(self, name: str, value: Tensor) -> Tensor:
         """Turn a layer's output into what its statistics are of: without the bias."""
+        value = _channels_last(self._modules[name], value)
         bias = getattr(self._modules[name], "bias", None)
         return value if bias is None else value.double() - bias.detach().double()
 
@@ -260,6 +267,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
             stats = self._stats[name]
             if gradient is None or stats.reaction is None:
                 continue
+            gradient = _channels_last(self._modules[name], gradient)
             if stats.side == "input":
                 gradient = gradient @ matricise(self._modules[name]).matrix
             stats.reaction.gradient.update(gradient, _fitting(mask, gradient))
@@ -335,6 +343,13 @@ def _empty(side: Side, width: int, module: nn.Module, gradients: bool) -> LayerS
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     reaction = Reaction(*(Moments(width, device) for _ in range(3))) if gradients else None
     return LayerStats(side, Moments(width, device), reaction)
+
+
+def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
+    """Return a layer's output, or its gradient, with one vector a token or pixel."""
+    if not isinstance(module, CONVOLUTIONS):
+        return output
+    return output.movedim(-1 - len(module.kernel_size), -1)
 
 
 def _fitting(mask: Tensor | None, value: Tensor) -> Tensor | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.factorization import factorised_layer
 from fullrank.compress.layers_conv import LowRankConv
-from fullrank.compress.matrices import matricise
 from fullrank.compress.matrices_conv import matricise_conv
-from fullrank.compress.solvers import Balance, decompose
+from fullrank.compress.solvers import Balance
 from fullrank.compress.stacked_svd import Components, components
 from fullrank.core.errors import InputError
-from fullrank.core.plan import PlanEntry
 
 
 @torch.no_grad()
@@ -28,8 +25,9 @@ def split_conv(
     rank, scheme
         See :class:`~fullrank.compress.layers_conv.LowRankConv`.
     balance
-        Where each component's size goes: ``"sqrt"`` on both factors alike, ``"first"`` or
-        ``"second"``. By default ``"second"`` spatially and ``"sqrt"`` else, as in TRP's code.
+        Where each component's size goes: ``"sqrt"`` on both factors alike, ``"first"`` (or its
+        other name, ``"orthonormal_second"``) or ``"second"``. By default ``"second"`` spatially
+        and ``"sqrt"`` else, as in TRP's code.
 
     Raises
     ------
@@ -44,6 +42,8 @@ def split_conv(
     True
     """
     use = balance or ("second" if scheme == "spatial" else "sqrt")
+    if use == "orthonormal_second":
+        use = "first"
     if use not in ("sqrt", "first", "second"):
         raise InputError(f"balance {use!r} of a convolution; it is 'sqrt', 'first' or 'second'")
     layer = LowRankConv.like(module, rank, scheme)
@@ -63,13 +63,19 @@ def split_conv(
     return layer
 
 
-def split_layer(module: nn.Module, entry: PlanEntry) -> nn.Module:
-    """Build the factorised layer that stands for a linear or convolutional one under a plan."""
-    if entry.rank is None:
-        raise InputError("the plan leaves this layer dense")
-    if entry.scheme == "linear":
-        return factorised_layer(module, entry, decompose(matricise(module).matrix, "svd"))
-    return split_conv(module, entry.rank, entry.scheme)
+@torch.no_grad()
+def write_factors(layer: LowRankConv, first: Tensor, second: Tensor) -> None:
+    """Write a matrix's two factors into the kernels of a channel-wise layer.
+
+    Parameters
+    ----------
+    layer
+        Of scheme ``"channel"``; changed in place.
+    first, second
+        ``(r, C k)`` and ``(N, r)``; with g groups stacks of g, of ``C k / g`` and ``N / g``.
+    """
+    layer.first.copy_(_first(layer, first))
+    layer.second.copy_(_second(layer, second.mT))
 
 
 def _shared_out(found: Components, rank: int, left_share: float) -> tuple[Tensor, Tensor]:

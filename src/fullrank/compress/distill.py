@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.batches import Batches, Output, attention_mask, call, output_of
+from fullrank.compress.batches import Batches, Output, attention_mask, output_of
+from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
 from fullrank.core.progress import progress as progress_bar

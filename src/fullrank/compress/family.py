@@ -11,12 +11,14 @@ from torch import nn
 
 from fullrank.compress.allocation import allocate, curves_from
 from fullrank.compress.calibration import CalibrationStats
-from fullrank.compress.factorization import factorised_layer, mark, replace_modules
-from fullrank.compress.layers import LowRankLinear
+from fullrank.compress.factorization import mark, replace_modules
+from fullrank.compress.layers_build import factorised_layer
 from fullrank.compress.matrices import matricise
+from fullrank.compress.measured_speed import faster_only
 from fullrank.compress.planning import entry_for
 from fullrank.compress.solvers import Decomposition, Method, decompose
 from fullrank.compress.targets import Patterns, factorisable
+from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError
 from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import RankPlan
@@ -46,6 +48,10 @@ class PlanFamily:
         Ranks are multiples of this.
     include, exclude
         Name patterns; see :func:`~fullrank.compress.make_plan`.
+    faster_on
+        A batch of the size that the model will serve: plans leave those layers dense whose
+        factors are measured to be slower on it than the layer itself. They may then keep a
+        little more than asked.
 
     Raises
     ------
@@ -63,20 +69,26 @@ class PlanFamily:
         grid: int = 8,
         include: Patterns | None = None,
         exclude: Patterns = (),
+        faster_on: Batch | None = None,
     ) -> None:
         if allocation not in ("sensitivity", "uniform"):
             raise InputError(f"allocation {allocation!r}; it is 'sensitivity' or 'uniform'")
         self.model, self.method, self.allocation = model, method, allocation
+        self._faster_on = faster_on
         self._modules = factorisable(model, include, exclude)
         self._solved: dict[str, Decomposition] = {}
+        self._schemes: dict[str, str] = {}
         for name, module in self._modules.items():
             layer = stats.get(name)
             # A layer that the model never uses (a pooler) is left out of all accounts.
-            if layer is not None and layer.serves(method):
-                self._solved[name] = decompose(matricise(module).matrix, method, layer)
+            found = matricise(module)
+            # One convolution in groups is several matrices, which these methods do not read.
+            if layer is not None and layer.serves(method) and found.stack == 1:
+                self._solved[name] = decompose(found.matrix, method, layer)
+                self._schemes[name] = found.scheme
         if not self._solved:
             raise InputError(
-                "none of the model's linear layers saw calibration data"
+                "none of the model's layers saw calibration data"
                 + (", with gradients=True" if method == "gauss_newton" else "")
             )
         self._fingerprint = model_fingerprint(model)
@@ -108,18 +120,19 @@ class PlanFamily:
         else:
             ranks = allocate(self._curves, keep)
         reason = f"{self.allocation} at {keep:.1%}"
-        return RankPlan(
+        plan = RankPlan(
             {
-                n: entry_for(_shape(s), ranks[n], self.method, reason)
+                n: entry_for(_shape(s), ranks[n], self.method, reason, self._schemes[n])
                 for n, s in self._solved.items()
             },
             source="weight" if self.method == "svd" else "activation",
             fingerprint=self._fingerprint,
         )
+        return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """Return a copy of the model, shrunk by a plan of this family."""
-        new: dict[str, LowRankLinear] = {
+        new = {
             name: factorised_layer(self._modules[name], entry, self._solved[name], "sqrt")
             for name, entry in plan.items()
             if entry.rank is not None

@@ -16,7 +16,7 @@ from torch import nn
 from fullrank.core.errors import StoreError
 
 QUANT_METHOD = "fullrank"
-FORMAT = 1
+FORMAT = 2
 
 
 def register() -> None:
@@ -48,15 +48,22 @@ class FullrankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ----------
     layers
         Module name -> ``{"shape": [out, in], "rank": r, "bias": bool, "method": ..., "error":
-        ...}``.
+        ...}``; of a convolution also its ``"scheme"``, and the shape is that of its kernel.
     format
-        Version of this record.
+        Version of this record; by default the oldest that can say this.
     """
 
     def __init__(
-        self, layers: Mapping[str, Mapping[str, Any]] | None = None, format: int = FORMAT, **_: Any
+        self,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        format: int | None = None,
+        **_: Any,
     ) -> None:
+        from fullrank.compress.layers_record import record_format
+
         self.quant_method = QUANT_METHOD
+        if format is None:
+            format = record_format(layers or {})
         if format > FORMAT:
             raise StoreError(
                 f"this model was shrunk by a newer fullrank (format {format}, this one reads up "
@@ -97,7 +104,7 @@ class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Empty factorised layers for what a config lists, by the names this class has for them."""
-    from fullrank.compress.factorization import shell_for
+    from fullrank.compress.layers_record import shell_for, stands_for
     from fullrank.core.names import canonical_name
 
     modules = {canonical_name(name): module for name, module in model.named_modules()}
@@ -114,22 +121,26 @@ def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[s
             # Part of a head that this class does not have.
             continue
         module = modules[found]
-        m, n = layer["shape"]
-        weight: Any = module.weight
-        if sorted(weight.shape) != sorted((m, n)):
+        if not stands_for(layer, module):
+            shape = " x ".join(map(str, layer["shape"]))
             raise StoreError(
-                f"the shrunk model lists {name} as {m} x {n}, the architecture has "
-                f"{tuple(weight.shape)}: config.json does not belong to these weights"
+                f"the shrunk model lists {name} as {shape}, the architecture has "
+                f"{_shape(module)}: config.json does not belong to these weights"
             )
         shells[found] = shell_for(module, layer)
     return shells
+
+
+def _shape(module: nn.Module) -> str:
+    shape = getattr(getattr(module, "weight", None), "shape", None)
+    return f"a {type(module).__name__}" if shape is None else str(tuple(shape))
 
 
 def mark_pretrained(model: nn.Module) -> None:
     """Write what is factorised into the config of a transformers model, and of those inside."""
     from transformers import PreTrainedModel
 
-    from fullrank.compress.factorization import describe
+    from fullrank.compress.layers_record import describe
 
     # A model with a head and the base model in it share one config: the outer one's names count.
     seen: set[int] = set()

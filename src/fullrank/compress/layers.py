@@ -102,6 +102,11 @@ class LowRankLinear(nn.Module):
         return self.first.shape[0]
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the dense weight."""
+        return self.out_features, self.in_features
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight these factors stand for; multiplied out at every access.
 

@@ -177,6 +177,11 @@ class LowRankConv(nn.Module):
         return self.second.shape[1]
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(N, C / groups, *kernel)`` of the dense weight."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight these factors stand for; multiplied out at every access."""
         return self.merged_weight()

@@ -17,8 +17,9 @@ from torch import nn
 from fullrank.compress.allocation import Budget
 from fullrank.compress.batches import Batches
 from fullrank.compress.calibration import CalibrationStats
-from fullrank.compress.factorization import factorize, report
+from fullrank.compress.factorization import factorize
 from fullrank.compress.planning import layer_spectra, make_plan
+from fullrank.compress.report import report
 from fullrank.compress.targets import factorisable
 from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
@@ -40,7 +41,8 @@ class LoRDConfig:
         so that the summed relative error of the layers' outputs is least. (The paper chooses
         ranks by a perplexity scan; :func:`~fullrank.compress.shrink` does that for any metric.)
     target_modules, exclude
-        Name patterns; by default every linear layer but the output head.
+        Name patterns; by default every linear layer but the output head, and every convolution
+        (whose outputs at all places are its samples; not in the paper).
     method
         ``"output_pca"`` (the method) or ``"svd"`` (the baseline it beats).
     rank_multiple
@@ -83,7 +85,7 @@ def lord_compress(
     tokenizer: Callable[..., Any] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, Table]:
-    """Decompose a model's linear layers in one pass over calibration data, in place.
+    """Decompose a model's layers in one pass over calibration data, in place.
 
     Parameters
     ----------

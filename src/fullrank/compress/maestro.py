@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.compress.allocation import allocate, curves_from
-from fullrank.compress.batches import Batches, call
+from fullrank.compress.batches import Batches
 from fullrank.compress.factorization import mark, replace_modules
 from fullrank.compress.maestro_layers import Ordered, deployed_layer, ordered_layer, prune
 from fullrank.compress.maestro_sampler import PairSampler
 from fullrank.compress.targets import Patterns
 from fullrank.compress.training_targets import training_targets
+from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
 from fullrank.core.names import canonical_name, model_fingerprint

@@ -16,7 +16,7 @@ from fullrank.compress.layers_conv import LowRankConv, LowRankConv1d, LowRankCon
 from fullrank.compress.matrices import is_conv1d, matricise
 from fullrank.compress.matrices_conv import matricise_conv
 from fullrank.compress.solvers import decompose
-from fullrank.compress.training_targets import is_linear
+from fullrank.compress.targets import is_linear
 from fullrank.core.errors import InputError
 
 

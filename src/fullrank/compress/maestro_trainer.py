@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fullrank._lazy import lazy_class
 from fullrank.compress.maestro import Maestro
-from fullrank.compress.training_loss import Run, public_class, terms_trainer
+from fullrank.compress.training_loss import Run, terms_trainer
 from fullrank.core.errors import InputError, require
 
 # Where a checkpoint's trainer_state.json keeps what sampling needs to go on.
@@ -84,15 +85,10 @@ def _trainer_class() -> type[Any]:
             loss, outputs = run(inputs)
             return loss, outputs, {"group_lasso": self.maestro.penalty()}
 
-    return public_class(MaestroTrainer, "MaestroTrainer", __name__)
+    return MaestroTrainer
 
 
-def __getattr__(name: str) -> Any:
-    # The base class lives in an optional library, so the class is made when it is first asked for.
-    if name != "MaestroTrainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = _trainer_class()
-    return value
+__getattr__ = lazy_class(__name__, "MaestroTrainer", _trainer_class)
 
 
 if TYPE_CHECKING:

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from torch import nn
 
-from torch import Tensor, nn
-
+from fullrank.compress.matrices_conv import CONVOLUTIONS, matricise_conv
+from fullrank.compress.matricised import Matricised as Matricised
+from fullrank.compress.matricised import float_weight
 from fullrank.core.errors import InputError
-
-
-@dataclass(frozen=True)
-class Matricised:
-    """A weight as an ``(out, in)`` matrix.
-
-    Attributes
-    ----------
-    matrix
-        ``(m, n)``; a view of the module's weight where that is possible.
-    fold
-        Turns an ``(m, n)`` matrix back into the shape of the weight.
-    """
-
-    matrix: Tensor
-    fold: Callable[[Tensor], Tensor]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -31,38 +15,34 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def matricise(module: nn.Module, scheme: str = "linear") -> Matricised:
+def matricise(module: nn.Module, scheme: str | None = None) -> Matricised:
     """Read a layer's weight as a matrix.
 
     Parameters
     ----------
     module
-        ``nn.Linear`` or transformers' ``Conv1D``.
+        ``nn.Linear``, transformers' ``Conv1D``, ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
     scheme
-        ``"linear"``; convolutions will add theirs.
+        ``"linear"``, the only one of a linear layer; ``"channel"`` (by default), ``"spatial"`` or
+        ``"decouple"`` of a convolution, see
+        :func:`~fullrank.compress.matrices_conv.matricise_conv`.
 
     Raises
     ------
     InputError
-        On a module without a weight of that kind, or an unknown scheme.
+        On a module without a weight of that kind, or a scheme that it is not read by.
 
     Examples
     --------
-    >>> matricise(nn.Linear(3, 2)).matrix.shape
-    torch.Size([2, 3])
+    >>> matricise(nn.Linear(3, 2)).matrix.shape, matricise(nn.Conv2d(3, 8, 5)).matrix.shape
+    (torch.Size([2, 3]), torch.Size([8, 75]))
     """
-    if scheme != "linear":
-        raise InputError(f"scheme {scheme!r} is not known; layers are read by 'linear'")
+    if isinstance(module, CONVOLUTIONS):
+        return matricise_conv(module, scheme or "channel")
+    if scheme not in (None, "linear"):
+        raise InputError(f"a {type(module).__name__} is read by scheme 'linear', not {scheme!r}")
     if is_conv1d(module):
-        return Matricised(_weight(module).T, lambda matrix: matrix.T)
+        return Matricised(float_weight(module).T, lambda matrix: matrix.T)
     if isinstance(module, nn.Linear):
-        return Matricised(_weight(module), lambda matrix: matrix)
+        return Matricised(float_weight(module), lambda matrix: matrix)
     raise InputError(f"a {type(module).__name__} has no weight that is read as a matrix")
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
-        raise InputError(f"the weight is of {weight.dtype} (quantised?); factors need floats")
-    return weight.detach()

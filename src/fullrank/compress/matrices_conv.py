@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from fullrank.compress.matrices import Matricised
+from fullrank.compress.matricised import Matricised, float_weight
 from fullrank.core.errors import InputError
 
 ConvScheme = Literal["channel", "spatial", "decouple"]
@@ -38,27 +37,41 @@ def matricise_conv(module: nn.Module, scheme: str) -> Matricised:
     >>> [tuple(matricise_conv(conv, scheme).matrix.shape) for scheme in get_args(ConvScheme)]
     [(8, 15), (15, 8), (8, 3, 5)]
     """
-    if scheme not in get_args(ConvScheme):
-        raise InputError(
-            f"scheme {scheme!r}; a convolution is read by {', '.join(get_args(ConvScheme))}"
-        )
+    _known(scheme)
     if not isinstance(module, CONVOLUTIONS):
         raise InputError(f"a {type(module).__name__} is no convolution that is read as a matrix")
-    weight = module.weight.detach()
-    if not weight.is_floating_point():
-        raise InputError(f"the weight is of {weight.dtype} (quantised?); factors need floats")
+    weight = float_weight(module)
     groups, shape = module.groups, weight.shape
     if scheme != "channel" and groups > 1:
         raise InputError(f"a convolution in {groups} groups is read by 'channel' only")
     if scheme == "channel":
         stacked = (groups,) if groups > 1 else ()
         matrix = weight.reshape(*stacked, shape[0] // groups, -1)
-        return Matricised(matrix, lambda found: found.reshape(shape))
+        return Matricised(matrix, lambda found: found.reshape(shape), scheme)
     if scheme == "decouple":
-        return Matricised(weight.flatten(2), lambda found: found.reshape(shape))
+        return Matricised(weight.flatten(2), lambda found: found.reshape(shape), scheme)
     if len(shape) != 4:
         raise InputError(f"scheme 'spatial' splits two dimensions; the kernel has {len(shape) - 2}")
-    return Matricised(_spatial(weight), lambda found: _unfold_spatial(found, tuple(shape)))
+    return Matricised(_spatial(weight), lambda found: _unfold_spatial(found, tuple(shape)), scheme)
+
+
+def scheme_for(module: nn.Module, wanted: str) -> str:
+    """Return the scheme wanted, or ``"channel"`` for a convolution that is not read by it.
+
+    >>> scheme_for(nn.Conv2d(4, 8, 3), "spatial"), scheme_for(nn.Conv1d(4, 8, 3), "spatial")
+    ('spatial', 'channel')
+    """
+    _known(wanted)
+    if module.groups != 1 or (wanted == "spatial" and not isinstance(module, nn.Conv2d)):
+        return "channel"
+    return wanted
+
+
+def _known(scheme: str) -> None:
+    if scheme not in get_args(ConvScheme):
+        raise InputError(
+            f"scheme {scheme!r}; a convolution is read by {', '.join(get_args(ConvScheme))}"
+        )
 
 
 def _spatial(weight: Tensor) -> Tensor:
@@ -77,5 +90,5 @@ def factor_numbers(module: nn.Module, scheme: str, rank: int) -> int:
     >>> factor_numbers(nn.Conv2d(16, 32, 3), "channel", 4), 4 * (16 * 9 + 32)
     (704, 704)
     """
-    stack = matricise_conv(module, scheme).matrix.shape
-    return math.prod(stack[:-2]) * rank * sum(stack[-2:])
+    found = matricise_conv(module, scheme)
+    return found.stack * rank * sum(found.shape)

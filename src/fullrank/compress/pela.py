@@ -76,7 +76,8 @@ def pela_plan(
         raise InputError(f"min_outputs {min_outputs}; it is at least 1")
     rule = ParamRatio(ratio)
     entries = {}
-    for name, module in factorisable(model, include, _present(model, exclude)).items():
+    layers = factorisable(model, include, _present(model, exclude), convolutions=False)
+    for name, module in layers.items():
         m, n = matricise(module).matrix.shape
         if m < min_outputs:
             reason = f"fewer than {min_outputs} outputs"

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.batches import call
 from fullrank.compress.factorization import factorised
 from fullrank.compress.layers import LowRankLinear
 from fullrank.compress.matrices import matricise
 from fullrank.compress.pela_features import Features, State, Which
+from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
 
@@ -253,6 +253,9 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[LowRankLinear, 
     originals = {canonical_name(name): module for name, module in teacher.named_modules()}
     pairs = []
     for name, layer in factorised(student):
+        if not isinstance(layer, LowRankLinear):
+            # The method is one for linear layers; factorised convolutions are trained as they are.
+            continue
         if name not in originals:
             raise InputError(f"the teacher has no layer {name!r}, which the student factorises")
         shape = tuple(matricise(originals[name]).matrix.shape)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fullrank._lazy import lazy_class
 from fullrank.compress.pela_features import Which
 from fullrank.compress.pela_loss import Form, PELALoss
-from fullrank.compress.training_loss import Run, public_class, terms_trainer
+from fullrank.compress.training_loss import Run, terms_trainer
 
 
 def _trainer_class() -> type[Any]:
@@ -79,15 +80,10 @@ def _trainer_class() -> type[Any]:
                 terms["perturbation_loss"] = loss.beta * loss.perturbation()
             return task, output, terms
 
-    return public_class(PELATrainer, "PELATrainer", __name__)
+    return PELATrainer
 
 
-def __getattr__(name: str) -> Any:
-    # The base class lives in an optional library, so the class is made when it is first asked for.
-    if name != "PELATrainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = _trainer_class()
-    return value
+__getattr__ = lazy_class(__name__, "PELATrainer", _trainer_class)
 
 
 if TYPE_CHECKING:

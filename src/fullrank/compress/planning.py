@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from fullrank.compress.calibration import CalibrationStats
-from fullrank.compress.matrices import matricise
+from fullrank.compress.matrices import Matricised, matricise
+from fullrank.compress.matrices_conv import CONVOLUTIONS, ConvScheme, scheme_for
 from fullrank.compress.solvers import Method, decompose
 from fullrank.compress.targets import Patterns, factorisable
+from fullrank.core.errors import InputError
 from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan, break_even
 from fullrank.core.rank_rules import LayerSpectrum, ModelRule, RankRule, apply_rule
+from fullrank.linalg import gram_spectrum
+
+# Methods that look at nothing but the weight, or not even at that.
+WITHOUT_DATA = ("svd", "snmf", "random")
 
 
 def layer_spectra(
@@ -24,6 +32,7 @@ def layer_spectra(
     exclude: Patterns = (),
     stats: CalibrationStats | None = None,
     method: Method | None = None,
+    scheme: ConvScheme = "channel",
 ) -> dict[str, LayerSpectrum]:
     """Singular values of every layer that could be factorised, most important first.
 
@@ -33,7 +42,7 @@ def layer_spectra(
 
     Parameters
     ----------
-    model, include, exclude
+    model, include, exclude, scheme
         See :func:`make_plan`.
     stats
         What the model's layers saw.
@@ -43,16 +52,32 @@ def layer_spectra(
     use = method or ("svd" if stats is None else "output_pca")
     spectra = {}
     for name, module in factorisable(model, include, exclude).items():
-        layer = None
-        if use != "svd":
-            layer = stats.get(name) if stats is not None else None
-            if layer is None or not layer.serves(use):
-                continue
-        matrix = matricise(module).matrix
-        loss = decompose(matrix, use, layer).loss.cpu().numpy()
-        m, n = matrix.shape
-        spectra[name] = LayerSpectrum(np.sqrt(loss)[: min(m, n)], (m, n))
+        found = _read(module, scheme, use)
+        if use in WITHOUT_DATA:
+            spectra[name] = _of_weight(name, found)
+            continue
+        layer = stats.get(name) if stats is not None else None
+        if layer is None or not layer.serves(use) or found.stack > 1:
+            continue
+        loss = decompose(found.matrix, use, layer).loss.cpu().numpy()
+        spectra[name] = LayerSpectrum(np.sqrt(loss)[: min(found.shape)], found.shape)
     return spectra
+
+
+def _read(module: nn.Module, scheme: ConvScheme, method: str) -> Matricised:
+    if not isinstance(module, CONVOLUTIONS):
+        return matricise(module)
+    if method not in WITHOUT_DATA and scheme != "channel":
+        raise InputError(f"method {method!r} reads convolutions by 'channel', not {scheme!r}")
+    return matricise(module, scheme_for(module, scheme))
+
+
+def _of_weight(name: str, found: Matricised) -> LayerSpectrum:
+    if not torch.isfinite(found.matrix).all():
+        raise InputError(f"{name}: the weight holds NaN or infinite values")
+    each = [gram_spectrum(matrix) for matrix in found.matrix.reshape(-1, *found.shape)]
+    values = torch.stack(each).square().sum(0).sqrt().cpu().numpy()
+    return LayerSpectrum(values, found.shape, found.stack)
 
 
 def make_plan(
@@ -64,13 +89,14 @@ def make_plan(
     *,
     method: Method | None = None,
     spectra: Mapping[str, LayerSpectrum] | None = None,
+    scheme: ConvScheme = "channel",
 ) -> RankPlan:
     """Decide how much rank each layer gets; nothing in the model changes.
 
     Parameters
     ----------
     model
-        Any module with ``nn.Linear`` (or transformers' ``Conv1D``) layers.
+        Any module with ``nn.Linear``, transformers' ``Conv1D`` or convolutional layers.
     rule
         See :mod:`fullrank.core.rank_rules`: a function of one layer's spectrum and shape, or an
         object that sees all of them.
@@ -83,6 +109,10 @@ def make_plan(
         How the factors will be made; see :func:`~fullrank.compress.split`.
     spectra
         From :func:`layer_spectra`, to plan several times at the price of once.
+    scheme
+        How convolutions are split: ``"channel"``, ``"spatial"`` or ``"decouple"`` (see
+        :class:`~fullrank.compress.LowRankConv2d`). One that is not split so (in groups, or of
+        one or three dimensions spatially) is split channel-wise.
 
     Returns
     -------
@@ -93,8 +123,8 @@ def make_plan(
     Raises
     ------
     InputError
-        When a pattern matches nothing, a weight is not finite, or a rule gives a rank that is
-        out of range.
+        When a pattern matches nothing, a weight is not finite, a rule gives a rank that is
+        out of range, or the method does not go with the scheme.
 
     Examples
     --------
@@ -105,32 +135,46 @@ def make_plan(
     """
     use = method or ("svd" if stats is None else "output_pca")
     if spectra is None:
-        spectra = layer_spectra(model, include=include, exclude=exclude, stats=stats, method=use)
+        spectra = layer_spectra(
+            model, include=include, exclude=exclude, stats=stats, method=use, scheme=scheme
+        )
     ranks = apply_rule(rule, spectra)
     entries = {}
     for name, module in factorisable(model, include, exclude).items():
-        m, n = matricise(module).matrix.shape
+        found = _read(module, scheme, use)
+        how = (use, repr(rule), found.scheme, found.stack)
         if name in spectra:
-            entries[name] = entry_for((m, n), ranks[name], use, repr(rule))
-        else:
-            entries[name] = PlanEntry(
-                (m, n), None, use, reason="the model did not use it on the data"
-            )
+            entries[name] = entry_for(found.shape, ranks[name], *how)
+            continue
+        entry = entry_for(found.shape, None, *how)
+        why = "the model did not use it on the data"
+        if found.stack > 1:
+            why = f"a convolution in groups is not factorised by {use!r}"
+        entries[name] = replace(entry, reason=why)
     return RankPlan(
         entries,
-        source="weight" if use == "svd" else "activation",
+        source="weight" if use in WITHOUT_DATA else "activation",
         fingerprint=model_fingerprint(model),
     )
 
 
-def entry_for(shape: tuple[int, int], rank: int | None, method: str, reason: str) -> PlanEntry:
-    """Plan one layer, dense if factors would not be smaller."""
+def entry_for(
+    shape: tuple[int, int],
+    rank: int | None,
+    method: str,
+    reason: str,
+    scheme: str = "linear",
+    stack: int = 1,
+) -> PlanEntry:
+    """Plan one layer, read as ``stack`` matrices of a shape; dense if factors are not smaller."""
+    options = {"stack": stack} if stack > 1 else {}
+    whole = (stack * shape[0], shape[1])
     if rank is None:
-        return PlanEntry(shape, None, method, reason=f"{reason}: left dense")
+        return PlanEntry(whole, None, method, scheme, f"{reason}: left dense", options)
     if rank > break_even(*shape):
         why = f"{reason}: rank {rank} saves nothing (break-even is {break_even(*shape)})"
-        return PlanEntry(shape, None, method, reason=why)
-    return PlanEntry(shape, rank, method, reason=reason)
+        return PlanEntry(whole, None, method, scheme, why, options)
+    return PlanEntry(whole, rank, method, scheme, reason, options)
 
 
 def plan_method(entry: PlanEntry) -> Method:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fullrank.compress.calibration import LayerStats
+from fullrank.compress.semi_nmf import semi_nmf
 from fullrank.core.errors import InputError
+from fullrank.linalg.gram_svd import gram_svd
 
-Method = Literal["svd", "output_pca", "gauss_newton"]
+Method = Literal["svd", "output_pca", "gauss_newton", "snmf"]
 Balance = Literal["sqrt", "first", "second", "orthonormal_second"]
 
 # Added to a covariance, relative to its mean variance, so that directions the calibration data
@@ -75,11 +77,7 @@ class Decomposition:
         InputError
             When the rank is not in ``[1, min(m, n)]`` or the balance is unknown.
         """
-        if not 1 <= rank <= min(self.weight.shape):
-            raise InputError(
-                f"rank {rank} for a matrix {tuple(self.weight.shape)}; it must lie in "
-                f"[1, {min(self.weight.shape)}]"
-            )
+        _check_rank(rank, self.weight)
         shift, error = self._shift_and_error(rank)
         first, second = _balanced(self.right[:rank], self.left[:, :rank], balance)
         return Factors(first, second, shift, error)
@@ -128,6 +126,8 @@ def decompose(
         On a weight that is empty, not finite or no matrix, on an unknown method, or when the
         statistics it needs are absent, of another shape, or of a constant.
     """
+    if method == "snmf":
+        raise InputError("components of 'snmf' have no order: use split, once for each rank")
     _check(weight, method, stats)
     W = weight.detach().to(dtype=torch.float64)
     if method == "svd" or stats is None:
@@ -148,14 +148,15 @@ def split(
     Parameters
     ----------
     weight, method, stats
-        See :func:`decompose`.
+        See :func:`decompose`; or ``"snmf"``, :func:`~fullrank.compress.semi_nmf` of the
+        transposed weight, whose ``second`` holds no negative number.
     rank
         Rank r in ``[1, min(m, n)]``.
     balance
         Where the scale of each component goes: ``"first"``, ``"second"``, ``"sqrt"`` (equal
         norms) or ``"orthonormal_second"`` (the solver's own form, scale in ``first``). By
         default ``"sqrt"`` for ``"svd"`` and ``"gauss_newton"``, ``"orthonormal_second"`` for
-        ``"output_pca"``. The product is the same.
+        the others. The product is the same.
 
     Examples
     --------
@@ -166,12 +167,40 @@ def split(
     """
     if balance is None:
         balance = default_balance(method)
+    if method == "snmf":
+        return _semi_nmf(weight, rank, balance)
+    if method == "svd" and stats is None:
+        _check(weight, method, stats)
+        return svd_factors(weight.double(), rank, balance)
     return decompose(weight, method, stats).truncate(rank, balance)
+
+
+def svd_factors(weight: Tensor, rank: int, balance: Balance) -> Factors:
+    """Factor a matrix by its leading singular components, in a precision fit for its dtype.
+
+    Several times cheaper than all components in order, which :func:`decompose` finds. Of large
+    matrices in float32 the error is within a thousandth of the least one, not to the last digit.
+    """
+    _check(weight, "svd", None)
+    _check_rank(rank, weight)
+    orthonormal = balance in ("first", "orthonormal_second")
+    (U, S, Vh), lost = gram_svd(weight, rank, orthonormal=orthonormal)
+    first, second = _balanced(S[:, None] * Vh, U, balance)
+    return Factors(first, second, None, lost)
+
+
+def _semi_nmf(weight: Tensor, rank: int, balance: Balance) -> Factors:
+    _check(weight, "snmf", None)
+    W = weight.detach().to(torch.float64)
+    F, H = semi_nmf(W.T, rank)
+    first, second = _balanced(F.T, H.T, balance)
+    lost = (W - second @ first).square().sum() / W.square().sum()
+    return Factors(first, second, None, float(lost))
 
 
 def default_balance(method: str) -> Balance:
     """Balance a method uses unless told otherwise."""
-    return "orthonormal_second" if method == "output_pca" else "sqrt"
+    return "orthonormal_second" if method in ("output_pca", "snmf") else "sqrt"
 
 
 def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
@@ -188,7 +217,7 @@ def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
                 f"the statistics are {stats.moments.width} wide on the {stats.side} side, the "
                 f"weight is {tuple(weight.shape)}: they are of another layer"
             )
-    if method == "svd":
+    if method in ("svd", "snmf"):
         return
     if stats is None:
         raise InputError(f"method {method!r} needs calibration data")
@@ -200,6 +229,14 @@ def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
         raise InputError("what flows through the layer never varies on the calibration data")
     if method == "gauss_newton" and (stats.reaction is None or not stats.reaction.gradient.count):
         raise InputError("method 'gauss_newton' needs statistics collected with gradients=True")
+
+
+def _check_rank(rank: int, weight: Tensor) -> None:
+    if not 1 <= rank <= min(weight.shape):
+        raise InputError(
+            f"rank {rank} for a matrix {tuple(weight.shape)}; it must lie in "
+            f"[1, {min(weight.shape)}]"
+        )
 
 
 def _balanced(first: Tensor, second: Tensor, balance: str) -> tuple[Tensor, Tensor]:

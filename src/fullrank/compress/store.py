@@ -13,14 +13,23 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from fullrank.compress.batches import is_sentence_transformer
-from fullrank.compress.factorization import describe, factorised, mark, replace_modules, shell_for
+from fullrank.compress.factorization import mark, replace_modules
+from fullrank.compress.layers_record import (
+    describe,
+    factorised,
+    record_format,
+    shell_for,
+    stands_for,
+)
+from fullrank.compress.report import sizes
+from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
 from fullrank.core.models import quiet_transformers
 from fullrank.core.names import canonical_name
 
 _PLAIN = "fullrank.json"
+_FORMAT = 2
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -113,8 +122,7 @@ def export_dense(model: nn.Module, folder: str | Path) -> str:
     layers = [layer for _, layer in factorised(model)]
     dense = to_dense(copy.deepcopy(model))
     path = save(dense, folder)
-    kept = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
-    full = sum(layer.in_features * layer.out_features for layer in layers)
+    full, kept = (sum(sizes(layer)[i] for layer in layers) for i in (0, 1))
     return (
         f"{path}: {len(layers)} layers multiplied out. This model loads without fullrank and has "
         f"the size and speed of the dense one ({full:,} numbers in these layers, not {kept:,})."
@@ -150,7 +158,8 @@ def _write_plain(model: nn.Module, folder: Path) -> None:
         seen[key] = name
         tensors[name] = tensor.detach().contiguous()
     atomic_write(folder / "model.safetensors", safetensors_bytes(tensors))
-    record = {"format": 1, "layers": describe(model)}
+    layers = describe(model)
+    record = {"format": record_format(layers), "layers": layers}
     atomic_write(folder / _PLAIN, json.dumps(record, indent=1).encode())
 
 
@@ -158,7 +167,7 @@ def _load_plain(path: Path, model: nn.Module) -> nn.Module:
     try:
         record = json.loads((path / _PLAIN).read_text(encoding="utf-8"))
         tensors = load_file(path / "model.safetensors")
-        if record["format"] > 1:
+        if record["format"] > _FORMAT:
             raise StoreError(f"{path} was written by a newer fullrank: upgrade fullrank")
         layers = record["layers"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
@@ -167,8 +176,7 @@ def _load_plain(path: Path, model: nn.Module) -> nn.Module:
     new = {}
     for name, entry in layers.items():
         module = modules.get(name)
-        shape = getattr(getattr(module, "weight", None), "shape", ())
-        if module is None or sorted(shape) != sorted(entry["shape"]):
+        if module is None or not stands_for(entry, module):
             raise StoreError(f"{path} holds {name} {entry['shape']}, which the model given has not")
         new[name] = shell_for(module, entry)
     replace_modules(model, new)

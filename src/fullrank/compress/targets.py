@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from fullrank.compress.matrices import is_conv1d
+from fullrank.compress.matrices_conv import CONVOLUTIONS
 from fullrank.core.errors import InputError
-from fullrank.core.names import named_linears
+from fullrank.core.names import canonical_name
 
 Patterns = str | Sequence[str]
 
@@ -24,7 +25,11 @@ def shared_weights(model: nn.Module) -> set[int]:
 
 
 def factorisable(
-    model: nn.Module, include: Patterns | None = None, exclude: Patterns = ()
+    model: nn.Module,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    *,
+    convolutions: bool = True,
 ) -> dict[str, nn.Module]:
     """Layers of a model that can be factorised, by canonical name, tied ones once.
 
@@ -33,9 +38,11 @@ def factorisable(
     model
         Any module.
     include, exclude
-        Shell patterns over canonical names. Without ``include`` every ``nn.Linear`` and
-        ``Conv1D`` counts except the output head of a language model. A layer whose weight
+        Shell patterns over canonical names. Without ``include`` every ``nn.Linear``, ``Conv1D``
+        and convolution counts except the output head of a language model. A layer whose weight
         another module holds too is never among them.
+    convolutions
+        Whether ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` count.
 
     Raises
     ------
@@ -47,28 +54,29 @@ def factorisable(
     >>> list(factorisable(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), exclude="2"))
     ['0']
     """
-    linears = {
-        name: module
-        for name, module in named_linears(model)
-        # A subclass may use its weight in ways of its own (attention does, quantisation does).
-        if type(module) is nn.Linear or is_conv1d(module)
-    }
-    if not linears:
-        raise InputError("the model has no linear layer to factorise")
-    wanted = _patterns(include)
-    unwanted = _patterns(exclude)
+    layers, seen = {}, set()
+    for name, module in model.named_modules():
+        if is_linear(module) or (convolutions and is_convolution(module)):
+            if id(module.weight) not in seen:
+                layers[canonical_name(name)] = module
+            seen.add(id(module.weight))
+    kinds = "linear layer or convolution" if convolutions else "linear layer"
+    if not layers:
+        raise InputError(f"the model has no {kinds} to factorise")
+    wanted = as_patterns(include)
+    unwanted = as_patterns(exclude)
     for pattern in [*wanted, *unwanted]:
-        if not any(fnmatchcase(name, pattern) for name in linears):
+        if not any(fnmatchcase(name, pattern) for name in layers):
             raise InputError(
-                f"no linear layer is named like {pattern!r}; there are "
-                f"{', '.join(list(linears)[:3])}"
-                f"{', ...' if len(linears) > 3 else ''}"
+                f"no {kinds} is named like {pattern!r}; there are "
+                f"{', '.join(list(layers)[:3])}"
+                f"{', ...' if len(layers) > 3 else ''}"
             )
     shared = shared_weights(model)
-    head = None if wanted else _output_head(model)
+    head = None if wanted else output_head(model)
     return {
         name: module
-        for name, module in linears.items()
+        for name, module in layers.items()
         if (not wanted or any(fnmatchcase(name, p) for p in wanted))
         and not any(fnmatchcase(name, p) for p in unwanted)
         and module is not head
@@ -76,10 +84,24 @@ def factorisable(
     }
 
 
-def _patterns(value: Patterns | None) -> list[str]:
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is ``nn.Linear`` itself or transformers' ``Conv1D``."""
+    # A subclass may use its weight in ways of its own (attention does, quantisation does).
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether this is one of torch's convolutions itself, not transposed, with its own weight."""
+    # Weight normalisation makes the weight anew from other parameters at every step.
+    return type(module) in CONVOLUTIONS and "weight" in module._parameters
+
+
+def as_patterns(value: Patterns | None) -> list[str]:
+    """Return one pattern or several as a list."""
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the output layer of a language model, None where there is none."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None

@@ -83,9 +83,3 @@ def terms_trainer() -> type[Any]:
             super().log(logs, *args, **kwargs)
 
     return TermsTrainer
-
-
-def public_class(made: type[Any], name: str, module: str) -> type[Any]:
-    """Give a class that was made in a function the name it is imported under."""
-    made.__module__, made.__name__, made.__qualname__ = module, name, name
-    return made

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from fullrank.compress.matrices import is_conv1d
 from fullrank.compress.matrices_conv import CONVOLUTIONS
-from fullrank.compress.targets import Patterns, shared_weights
+from fullrank.compress.targets import (
+    Patterns,
+    as_patterns,
+    is_linear,
+    output_head,
+    shared_weights,
+)
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is ``nn.Linear`` itself or transformers' ``Conv1D``."""
-    # A subclass may use its weight in ways of its own.
-    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -62,12 +61,11 @@ def training_targets(
         for name, module in modules.items()
         if (is_linear(module) or is_convolution(module)) and id(module.weight) not in shared
     }
-    wanted, unwanted = _list(include), _list(exclude)
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
     for pattern in [*wanted, *unwanted]:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise InputError(_missing(pattern, modules, layers))
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = output_head(model)
 
     def taken(name: str, module: nn.Module) -> bool:
         if any(fnmatchcase(name, pattern) for pattern in unwanted):
@@ -80,10 +78,6 @@ def training_targets(
     if not found:
         raise InputError("the model has no layer of the kind this method works on; name some")
     return found
-
-
-def _list(patterns: Patterns | None) -> Sequence[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
 def _missing(pattern: str, modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> str:

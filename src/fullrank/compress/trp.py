@@ -16,13 +16,14 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.conv_split import split_layer
 from fullrank.compress.factorization import mark, replace_modules
+from fullrank.compress.layers_build import build_layer
 from fullrank.compress.matrices import Matricised, matricise
-from fullrank.compress.matrices_conv import ConvScheme, matricise_conv
+from fullrank.compress.matrices_conv import ConvScheme
+from fullrank.compress.planning import entry_for
 from fullrank.compress.stacked_svd import components
-from fullrank.compress.targets import Patterns
-from fullrank.compress.training_targets import is_convolution, is_linear, training_targets
+from fullrank.compress.targets import Patterns, is_linear
+from fullrank.compress.training_targets import is_convolution, training_targets
 from fullrank.compress.trp_truncation import truncate
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name, model_fingerprint
@@ -247,7 +248,7 @@ class TRP:
         made = where if inplace else copy.deepcopy(where)
         modules = {canonical_name(name): module for name, module in made.named_modules()}
         new = {
-            name: split_layer(modules[name], entry)
+            name: build_layer(modules[name], entry)
             for name, entry in plan.items()
             if entry.rank is not None and (strided or self._is_unstrided(name))
         }
@@ -263,28 +264,20 @@ _CLAMPED = (Energy, Value)
 
 
 def _read(module: nn.Module, scheme: str) -> Matricised:
-    return matricise(module) if is_linear(module) else matricise_conv(module, scheme)
+    return matricise(module, None if is_linear(module) else scheme)
 
 
 def _entry(module: nn.Module, scheme: ConvScheme, rule: RankRule) -> PlanEntry:
     """Plan one layer: of a stack of matrices, the largest rank."""
-    matrix = _read(module, scheme).matrix
-    m, n = matrix.shape[-2:]
-    spectra = components(matrix).sizes.reshape(-1, min(m, n)).cpu().double().numpy()
+    read = _read(module, scheme)
+    m, n = read.shape
+    spectra = components(read.matrix).sizes.reshape(-1, min(m, n)).cpu().double().numpy()
     found = [rule(spectrum, m, n) for spectrum in spectra]
     if isinstance(rule, _CLAMPED):
         # The official rules can say 0, of which there is no layer.
         found = [rank or 1 for rank in found]
     rank = None if None in found else max(r for r in found if r is not None)
-    filters = len(spectra)
-    shape, name = (filters * m, n), "linear" if is_linear(module) else scheme
-    options = {"filters": filters} if filters > 1 else {}
-    if rank is None:
-        return PlanEntry(shape, None, "svd", name, f"{rule!r}: left dense", options)
-    if filters * rank * (m + n) >= matrix.numel():
-        reason = f"{rule!r}: rank {rank} saves nothing"
-        return PlanEntry(shape, None, "svd", name, reason, options)
-    return PlanEntry(shape, rank, "svd", name, repr(rule), options)
+    return entry_for((m, n), rank, "svd", repr(rule), read.scheme, read.stack)
 
 
 def _select(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fullrank.compress.training_loss import public_class
+from fullrank._lazy import lazy_class
 from fullrank.compress.trp import TRP
 from fullrank.core.errors import InputError, require
 
@@ -47,15 +47,10 @@ def _callback_class() -> type[Any]:
             """Add the subgradient, if it is time."""
             self.trp.after_backward()
 
-    return public_class(TRPCallback, "TRPCallback", __name__)
+    return TRPCallback
 
 
-def __getattr__(name: str) -> Any:
-    # The base class lives in an optional library, so the class is made when it is first asked for.
-    if name != "TRPCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = _callback_class()
-    return value
+__getattr__ = lazy_class(__name__, "TRPCallback", _callback_class)
 
 
 if TYPE_CHECKING:

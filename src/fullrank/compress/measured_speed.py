@@ -1,0 +1,149 @@
+"""Whether a layer's factors run faster than the layer itself on this machine: measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.compress.layers_build import shell
+from fullrank.core.batches import Batch, call, device_of, moved
+from fullrank.core.capture import capture
+from fullrank.core.errors import InputError
+from fullrank.core.modes import evaluating
+from fullrank.core.plan import PlanEntry, RankPlan
+
+# Rounds of one timing each; dense and factorised take turns, so that both see the same machine.
+_ROUNDS = 15
+# A timing repeats the call until it takes about so long: a clock and a thread pool have grain.
+_SECONDS = 1e-3
+
+Clock = Callable[[nn.Module, Tensor, int], float]
+
+
+class Timing(NamedTuple):
+    """Seconds that one call takes."""
+
+    dense: float
+    factorised: float
+
+
+_measured: dict[tuple[object, ...], Timing] = {}
+
+
+def faster_only(model: nn.Module, plan: RankPlan, example: Batch) -> RankPlan:
+    """Leave those layers dense whose factors are slower here than the layer itself.
+
+    Near break-even two thin products cost more than one: there are two to start, and thin ones
+    use a processor less well. How near depends on the machine and on the size of the input, so
+    that every distinct layer, rank and input size is timed, once in a process.
+
+    Parameters
+    ----------
+    model
+        The dense model; it is not changed.
+    plan
+        For the purpose ``"factor"``.
+    example
+        A batch of the size that the model will serve.
+
+    Returns
+    -------
+    RankPlan
+        Entries of slower layers have no rank and say what was measured. A layer that the model
+        does not use on the example keeps its entry.
+
+    Raises
+    ------
+    PlanError
+        When the plan is for another model or purpose.
+    InputError
+        When the example reaches none of the layers.
+
+    Examples
+    --------
+    >>> from fullrank.compress import Fixed, make_plan
+    >>> model = nn.Sequential(nn.Linear(512, 512))
+    >>> plan = make_plan(model, Fixed(8))
+    >>> faster_only(model, plan, torch.randn(256, 512))["0"].rank
+    8
+    """
+    targets = plan.check(model, "factor")
+    inputs = _inputs(model, targets, example) if targets else {}
+    if targets and not inputs:
+        raise InputError("the example reaches none of the layers that the plan names")
+
+    def kept(name: str, entry: PlanEntry) -> PlanEntry:
+        if name not in inputs:
+            return entry
+        found = layer_timing(targets[name], entry, inputs[name])
+        if found.factorised < found.dense:
+            return entry
+        times = f"{found.dense * 1e3:.3g} ms dense, {found.factorised * 1e3:.3g} ms at rank"
+        shape = " x ".join(map(str, inputs[name].shape))
+        reason = f"{entry.reason}: left dense, {times} {entry.rank} on {shape}"
+        return replace(entry, rank=None, reason=reason.removeprefix(": "))
+
+    return plan.map(kept)
+
+
+def layer_timing(module: nn.Module, entry: PlanEntry, x: Tensor) -> Timing:
+    """Time a layer and its factors on an input; remembered for layers and inputs of that size."""
+    where = (x.device, x.dtype, tuple(x.shape), torch.get_num_threads())
+    key = (type(module), repr(module), _weight_form(module), entry.rank, entry.scheme, *where)
+    if key not in _measured:
+        with evaluating(module), torch.no_grad():
+            _measured[key] = _race(module, shell(module, entry).eval(), x)
+    return _measured[key]
+
+
+def _race(dense: nn.Module, factorised: nn.Module, x: Tensor) -> Timing:
+    calls = []
+    for layer in (dense, factorised):
+        _clock(layer, x, 1)
+        calls.append(max(1, round(_SECONDS / max(_clock(layer, x, 1), 1e-9))))
+    rounds = [
+        [_clock(layer, x, n) for layer, n in zip((dense, factorised), calls, strict=True)]
+        for _ in range(_ROUNDS)
+    ]
+    one, other = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return Timing(one, other)
+
+
+def _seconds(layer: nn.Module, x: Tensor, calls: int) -> float:
+    """Time of one of so many calls."""
+    wait = torch.cuda.synchronize if x.device.type == "cuda" else None
+    if wait:
+        wait(x.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        layer(x)
+    if wait:
+        wait(x.device)
+    return (time.perf_counter() - start) / calls
+
+
+_clock: Clock = _seconds
+
+
+def _inputs(model: nn.Module, targets: dict[str, nn.Module], example: Batch) -> dict[str, Tensor]:
+    """Return the largest input of each layer on an example."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        if name not in seen or x.numel() > seen[name].numel():
+            seen[name] = x
+
+    with evaluating(model), torch.no_grad(), capture(targets, keep, "input"):
+        call(model, moved(example, device_of(model)))
+    return seen
+
+
+def _weight_form(module: nn.Module) -> tuple[object, ...]:
+    weight = module.get_parameter("weight")
+    return tuple(weight.shape), weight.dtype, weight.stride()
