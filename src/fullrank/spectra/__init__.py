@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from fullrank.spectra.rankme import RankMeMeter as RankMeMeter
     from fullrank.spectra.rankme import rankme as rankme
     from fullrank.spectra.rankme import select_by_rankme as select_by_rankme
+    from fullrank.spectra.report import ModelReport as ModelReport
+    from fullrank.spectra.report import model_report as model_report
+    from fullrank.spectra.run_log import RunLog as RunLog
+    from fullrank.spectra.run_log import read_run as read_run
+    from fullrank.spectra.run_log_callback import RunLogCallback as RunLogCallback
     from fullrank.spectra.spectrum import Spectrum as Spectrum
     from fullrank.spectra.xray import XRay as XRay
     from fullrank.spectra.xray import xray as xray
@@ -38,6 +43,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ),
         **dict.fromkeys(["RankMeMeter", "rankme", "select_by_rankme"], "rankme"),
         **dict.fromkeys(["XRay", "xray"], "xray"),
+        **dict.fromkeys(["RunLog", "read_run"], "run_log"),
+        "RunLogCallback": "run_log_callback",
+        **dict.fromkeys(["ModelReport", "model_report"], "report"),
         **dict.fromkeys(["RankDynamics", "rank_dynamics"], "dynamics"),
         "feature_rank": "feature_rank",
         "MatrixSpectrum": "matrix_spectrum",

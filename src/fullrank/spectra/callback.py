@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fullrank._lazy import lazy_class
 from fullrank.core.errors import InputError, require
 from fullrank.spectra.rankme import EPS, RankMeMeter
 
@@ -88,17 +89,10 @@ def _callback_class() -> type[Any]:
                 metrics[self.key] = score
             state.log_history.append({self.key: score, "step": state.global_step})
 
-    RankMeCallback.__module__ = __name__
-    RankMeCallback.__qualname__ = "RankMeCallback"
     return RankMeCallback
 
 
-def __getattr__(name: str) -> Any:
-    # The base class lives in an optional library, so the class is made when it is first asked for.
-    if name != "RankMeCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = _callback_class()
-    return value
+__getattr__ = lazy_class(__name__, "RankMeCallback", _callback_class)
 
 
 if TYPE_CHECKING:

@@ -27,6 +27,8 @@ _POINTS = 72  # a line; more cannot be seen at this size
 _DECADES = 6.0  # of a singular value below the largest that are drawn
 _WIDTH, _HEIGHT = 280, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 28
+_COURSE_LEFT = 62  # room for numbers of any size
+_MARKED = 24  # values up to which each is drawn as a dot
 
 
 def _svg(parts: Iterable[str], title: str, width: int, height: int) -> str:
@@ -102,6 +104,76 @@ def spectrum_svg(spectra: Mapping[str, Spectrum], *, mark: float | None = None) 
         relative = spectrum.relative
         parts.append(_line(((x(i + 1), y(relative[i])) for i in picked), tint))
     return _svg(parts, f"singular values of {', '.join(spectra)}", _WIDTH, _HEIGHT)
+
+
+def angles_svg(sides: Mapping[str, Vector]) -> str:
+    """Plot cosines of principal angles, one line a side (left, right), over their number.
+
+    Parameters
+    ----------
+    sides
+        Name -> cosines, descending.
+    """
+    inner, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    longest = max(len(cosines) for cosines in sides.values())
+    parts = []
+    for level in (0.0, 0.5, 1.0):
+        at = _TOP + tall * (1 - level)
+        parts += [_rule(_LEFT, at, _WIDTH - _RIGHT, at, 0.18)]
+        parts += [_text(f"{level:g}", _LEFT - 5, at + 4, "end")]
+    for number, anchor in ((1, "start"), (longest, "end")):
+        at = _LEFT + inner * (number - 1) / max(longest - 1, 1)
+        parts.append(_text(str(number), at, _HEIGHT - _BOTTOM + 14, anchor))
+    for cosines, tint in zip(sides.values(), _tints(len(sides)), strict=True):
+        points = [
+            (_LEFT + inner * i / max(longest - 1, 1), _TOP + tall * (1 - float(cosines[i])))
+            for i in _evenly_spaced(len(cosines))
+        ]
+        parts.append(_line(points if len(points) > 1 else points * 2, tint))
+    return _svg(parts, f"cosines of principal angles, {' and '.join(sides)}", _WIDTH, _HEIGHT)
+
+
+def course_svg(points: Mapping[int, float], name: str) -> str:
+    """Plot a measure over the steps of a run, on linear axes.
+
+    Parameters
+    ----------
+    points
+        Step -> value; values that are not finite leave a gap in what is drawn.
+    name
+        Of the measure, for readers who do not see the picture.
+    """
+    inner, tall = _WIDTH - _COURSE_LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    finite = {step: value for step, value in points.items() if math.isfinite(value)}
+    first, last = min(points), max(points)
+    low, high = min(finite.values(), default=0.0), max(finite.values(), default=0.0)
+    steps = (last - first) or 1
+    # A constant is a line in the middle.
+    floor, span = (low, high - low) if high > low else (low - 0.5, 1.0)
+    # Ends that hardly differ need more digits to be told apart.
+    digits = 3 if high - low > 0.01 * max(abs(low), abs(high)) else 5
+    parts = []
+    for value in sorted({low, (low + high) / 2, high}):
+        at = _TOP + tall * (1 - (value - floor) / span)
+        parts.append(_rule(_COURSE_LEFT, at, _WIDTH - _RIGHT, at, 0.18))
+        parts.append(_text(f"{value:.{digits}g}", _COURSE_LEFT - 5, at + 4, "end"))
+    for step, anchor in {first: "start", last: "end"}.items():
+        at = _COURSE_LEFT + inner * (step - first) / steps
+        parts.append(_text(str(step), at, _HEIGHT - _BOTTOM + 14, anchor))
+    places = [
+        (_COURSE_LEFT + inner * (s - first) / steps, _TOP + tall * (1 - (v - floor) / span))
+        for s, v in sorted(finite.items())
+    ]
+    if len(places) > 1:
+        # One point a pixel is as much as can be seen.
+        stride = max(1, len(places) // inner)
+        parts.append(_line([*places[::stride], places[-1]], _COLOURS[0]))
+    parts += [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{_COLOURS[0]}"/>'
+        for x, y in places
+        if len(places) <= _MARKED
+    ]
+    return _svg(parts, f"{name} over the steps", _WIDTH, _HEIGHT)
 
 
 def energy_svg(groups: Mapping[str, Sequence[Spectrum]]) -> str:

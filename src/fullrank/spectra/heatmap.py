@@ -52,6 +52,8 @@ def heatmap_svg(
     title: str,
     show: Callable[[float], str] = "{:.0%}".format,
     describe: Callable[[str], str] | None = None,
+    link: Callable[[str], str] | None = None,
+    span: tuple[float, float] | None = None,
 ) -> str:
     """Draw one cell for every matrix, coloured and labelled by its value.
 
@@ -65,6 +67,10 @@ def heatmap_svg(
         From value to the text in the cell.
     describe
         From name to what a pointer over the cell shows; the name and the value by default.
+    link
+        From name to what the cell leads to, such as ``"#m3"``; None for cells that lead nowhere.
+    span
+        Values at the two ends of the colours, so that two maps compare; found by default.
 
     Returns
     -------
@@ -77,19 +83,24 @@ def heatmap_svg(
     # What stands outside the layers (a position table, say) is often of another kind: it takes the
     # nearest colour rather than the contrast from the others.
     ranged = [values[name] for cells in rows.values() for name in cells.values()]
-    low, high = min(ranged or values.values()), max(ranged or values.values())
-    span = (high - low) or 1.0
+    low, high = span or (min(ranged or values.values()), max(ranged or values.values()))
+    width_of_range = (high - low) or 1.0
     say = describe or (lambda name: f"{name}: {show(values[name])}")
-    left = 16 + _CHARACTER * max(len(label) for label in [*rows, *rest, "layer"])
-    width = left + _CELL_WIDTH * max(len(layers), 5) + 8
+    left = 16 + (_CHARACTER * max(len(label) for label in [*rows, "layer"]) if rows else 0)
+    # Labels of what stands outside the layers are right of the cells, where there is room.
+    beside = _CELL_WIDTH + 6 + _CHARACTER * max(map(len, rest), default=0)
+    width = left + max(_CELL_WIDTH * max(len(layers), 5), beside) + 8
 
     def cell(name: str, x: float, y: float) -> str:
-        rgb = colour((values[name] - low) / span)
+        rgb = colour((values[name] - low) / width_of_range)
+        opening, closing = "<g>", "</g>"
+        if link is not None:
+            opening, closing = f'<a href="{html.escape(link(name))}">', "</a>"
         return (
-            f'<g><title>{html.escape(say(name))}</title><rect x="{x:.0f}" y="{y:.0f}" '
+            f'{opening}<title>{html.escape(say(name))}</title><rect x="{x:.0f}" y="{y:.0f}" '
             f'width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}" rx="3" fill="{_hex(rgb)}"/>'
             f'<text x="{x + _CELL_WIDTH / 2 - 1:.0f}" y="{y + 16:.0f}" text-anchor="middle" '
-            f'fill="{_ink(rgb)}">{html.escape(show(values[name]))}</text></g>'
+            f'fill="{_ink(rgb)}">{html.escape(show(values[name]))}</text>{closing}'
         )
 
     def label(text: str, x: float, y: float, anchor: str = "end") -> str:
@@ -112,7 +123,7 @@ def heatmap_svg(
             y += _CELL_HEIGHT
         y += 10
     for name in rest:
-        parts += [label(name, left - 8, y + 16), cell(name, left, y)]
+        parts += [cell(name, left, y), label(name, left + _CELL_WIDTH + 6, y + 16, "start")]
         y += _CELL_HEIGHT
     y += 12
     parts.append(_legend(left, y, show(low), show(high)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
@@ -36,6 +37,8 @@ class Weight:
         Of a matrix that is stored as two factors; None for a dense one.
     fetch
         Gives the matrix. Factors are multiplied out only then.
+    dtype
+        In which it is stored.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Weight:
     shape: tuple[int, int]
     rank: int | None
     fetch: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
 
     @property
     def cost(self) -> float:
@@ -85,7 +89,9 @@ def _weight(name: str, module: Any, is_head: bool) -> Weight | None:
             # Multiplied in float64, so that what is beyond the rank is rounding of that.
             return cast(Tensor, second.detach().double() @ first.detach().double())
 
-        return Weight(name, "linear", (len(second), first.shape[1]), len(first), product)
+        return Weight(
+            name, "linear", (len(second), first.shape[1]), len(first), product, first.dtype
+        )
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     if not linear and not isinstance(module, nn.Embedding):
         return None
@@ -96,7 +102,7 @@ def _weight(name: str, module: Any, is_head: bool) -> Weight | None:
     m, n = matrix.shape
     # Conv1D keeps (in, out); the singular values are the same.
     shape = (n, m) if type(module).__name__ == "Conv1D" else (m, n)
-    return Weight(name, kind, shape, None, lambda: cast(Tensor, matrix.detach()))
+    return Weight(name, kind, shape, None, lambda: cast(Tensor, matrix.detach()), matrix.dtype)
 
 
 def patterns(given: Iterable[str] | str | None) -> list[str] | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from fullrank.core.errors import InputError
-from fullrank.core.files import atomic_write
 from fullrank.core.plan import Purpose, RankPlan
 from fullrank.core.rank_rules import ModelRule, RankRule
 from fullrank.core.table import Table
@@ -140,8 +139,20 @@ class XRay(Mapping[str, MatrixSpectrum]):
         title = f"{self.model} and {other.model}"
         return Table([*columns, "moved"], rows, title=title, formats=formats)
 
-    def heatmap_svg(self) -> str:
-        """Return a heat map of effective rank shares, projections by layers, as ``<svg>``."""
+    def heatmap_svg(
+        self,
+        link: Callable[[str], str] | None = None,
+        span: tuple[float, float] | None = None,
+    ) -> str:
+        """Return a heat map of effective rank shares, projections by layers, as ``<svg>``.
+
+        Parameters
+        ----------
+        link
+            From a matrix's name to where its cell leads, such as ``"#m3"``.
+        span
+            Shares at the two ends of the colours; those found by default.
+        """
         from fullrank.spectra.heatmap import heatmap_svg
 
         def describe(name: str) -> str:
@@ -155,6 +166,8 @@ class XRay(Mapping[str, MatrixSpectrum]):
             {name: m.share for name, m in self.items()},
             title=f"Effective rank of the weight matrices of {self.model}, share of the largest",
             describe=describe,
+            link=link,
+            span=span,
         )
 
     def spectrum_svg(self, name: str) -> str:
@@ -187,9 +200,10 @@ class XRay(Mapping[str, MatrixSpectrum]):
     def to_html(self, path: str | Path) -> Path: ...
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
-        """Make a self-contained page: heat map, energy curves, every spectrum, the table.
+        """Make a self-contained page: heat map, every spectrum, energy curves, plans, the table.
 
         It loads nothing, runs no script, and carries a content security policy that says so.
+        :func:`~fullrank.spectra.model_report` makes one that says more.
 
         Parameters
         ----------
@@ -201,10 +215,9 @@ class XRay(Mapping[str, MatrixSpectrum]):
         str or Path
             The text, or the path written.
         """
-        from fullrank.spectra.page import page
+        from fullrank.spectra.report import ModelReport
 
-        text = page(self)
-        return text if path is None else atomic_write(path, text.encode())
+        return ModelReport(self).to_html(path)
 
     # -- planning with it ------------------------------------------------------------------
 
