@@ -103,3 +103,18 @@ def test_help_comes_without_torch():
     result = CliRunner().invoke(app, ["encoder", "--help"])
     assert result.exit_code == 0
     assert "--seconds" in result.output
+
+
+def test_select_by_rankme_keeps_those_weights_and_says_its_limits(encoder, beir, tmp_path):
+    out = tmp_path / "out"
+    options = ["--model", encoder, "--out", out, "--seconds", 0, "--max-steps", 4, "--patience", 0]
+    result = run(beir, *options, "--batch-size", 8, "--select", "rankme", "--optimizer", "adamw")
+    assert result.exit_code == 0
+    facts = json.loads((out / "training.json").read_text())
+    evaluations = facts["history"]["evaluations"]
+    assert facts["best"]["step"] == max(evaluations, key=lambda e: e["rankme"])["step"]
+    said = " ".join(result.output.split())
+    assert f"Chosen by RankMe: step {facts['best']['step']}" in said
+    assert "necessary for good vectors, not sufficient" in said
+    with pytest.raises(InputError, match="select"):
+        run(beir, "--model", encoder, "--out", tmp_path / "b", "--select", "labels")

@@ -249,12 +249,6 @@ def test_too_little_text():
         train_lm(run_of(), texts=Texts("x", {"train": ("ab",), "dev": ("cd",)}), progress=False)
 
 
-def test_several_processes_are_refused(texts, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process"):
-        train_lm(run_of(), texts=texts, progress=False)
-
-
 def test_files_of_settings(tmp_path):
     yaml, toml = tmp_path / "run.yaml", tmp_path / "run.toml"
     yaml.write_text("model: {config: {model_type: llama}}\noptimizer: {lr: 1.0e-2}\n")

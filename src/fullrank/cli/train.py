@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fullrank.cli.train_finetune import finetune
 from fullrank.cli.train_lm import lm
+from fullrank.cli.train_rl import rl
 from fullrank.core.errors import InputError
 from fullrank.core.models import DEFAULT_ENCODER, find_model
 
@@ -21,6 +23,8 @@ def train() -> None:
 
 
 app.command("lm")(lm)
+app.command("finetune")(finetune)
+app.command("rl")(rl)
 
 
 @app.command()
@@ -63,6 +67,14 @@ def encoder(
     metric: Annotated[
         str, typer.Option(help="Measured on the dev part; the best weights are kept.")
     ] = "nDCG@10",
+    select: Annotated[
+        str,
+        typer.Option(
+            help="metric, or rankme: keep the weights whose vectors have the highest effective "
+            "rank, which needs no labels. It warns of collapse; noise and too little training "
+            "raise it too (over learning rates it picked no better than chance)."
+        ),
+    ] = "metric",
     patience: Annotated[
         int, typer.Option(help="End after so many evaluations without a new best; 0: never.", min=0)
     ] = 3,
@@ -79,6 +91,7 @@ def encoder(
 ) -> None:
     """Fine-tune a dense encoder so that queries find the documents judged relevant to them."""
     from fullrank.training import EncoderTraining, train_encoder
+    from fullrank.training.finetune_data import read_judged
 
     chosen: dict[str, Any] = {"lr": lr, "rank": rank}
     config = EncoderTraining(
@@ -90,6 +103,7 @@ def encoder(
         max_tokens=max_tokens,
         hard_negatives=hard_negatives,
         metric=metric,
+        select=select,  # type: ignore[arg-type]
         patience=patience or None,
         freeze_embeddings=freeze_embeddings,
         device=device,
@@ -99,7 +113,7 @@ def encoder(
     if rank is not None and optimizer != "galore_adamw":
         raise InputError(f"--rank is GaLore's; {optimizer} has none")
     find_model(model)  # before a long read of documents
-    dataset = _dataset(data)
+    dataset = read_judged(data)
     trained = train_encoder(model, dataset, config, out=out, resume=not fresh)
     console = Console()
     console.print(trained.table())
@@ -111,27 +125,19 @@ def encoder(
         f"{trained.history.metric} on dev {trained.history.gain:+.4f}. It loads with "
         f"SentenceTransformer({str(out)!r})."
     )
+    if select == "rankme":
+        console.print(_selected(trained.history))
 
 
-def _dataset(source: str) -> Any:
-    """Read a collection; a BEIR folder with judgements to train on brings its own parts."""
-    import dataclasses
+def _selected(history: Any) -> str:
+    """What was chosen without labels, beside what the labels would have chosen, and its limits."""
+    from dataclasses import replace
 
-    from fullrank.datasets import read_dataset
-
-    judged = {path.name.partition(".")[0] for path in Path(source).glob("qrels/*.tsv*")}
-    if "train" not in judged:
-        return read_dataset(source)
-    train = read_dataset(source, split="train")
-    if "dev" not in judged:
-        return train
-    dev = read_dataset(source, split="dev")
-    return dataclasses.replace(
-        train,
-        queries={**train.queries, **dev.queries},
-        qrels={**train.qrels, **dev.qrels},
-        parts={
-            "train": tuple(q for q in train.queries if q not in dev.queries),
-            "dev": tuple(dev.queries),
-        },
+    chosen, oracle = history.best, replace(history, select="metric").best
+    return (
+        f"Chosen by RankMe: step {chosen.step} (RankMe {chosen.rankme:.1f}, {history.metric} "
+        f"{chosen.metric:.4f}); by {history.metric} it would have been step {oracle.step} "
+        f"({oracle.metric:.4f}). RankMe compares checkpoints of one run; a high one is necessary "
+        "for good vectors, not sufficient: noise raises it while the metric falls, and weights "
+        "that have hardly been trained may have a high one."
     )

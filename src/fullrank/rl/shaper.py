@@ -204,34 +204,19 @@ class RankShaper:
         return (1 - self.ema) * old + self.ema * new
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain tensors and numbers."""
+        """Return plain numbers and lists of them, which JSON keeps to the last bit."""
         return {
-            "means": self._means,
-            "pending": self._pending,
-            "score": self._score,
+            "means": _values(self._means),
+            "pending": _values(self._pending),
+            "score": float(self._score),
             "steps": self._steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` gave."""
-        self._means, self._pending = state["means"], state["pending"]
-        self._score, self._steps = state["score"], state["steps"]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the state as JSON values, which keep every bit."""
-        means, pending = _values(self._means), _values(self._pending)
-        return {
-            "means": means,
-            "pending": pending,
-            "score": float(self._score),
-            "steps": self._steps,
-        }
-
-    def from_json(self, values: dict[str, Any]) -> None:
-        """Continue from what :meth:`to_json` gave."""
-        self._means, self._pending = _tensor(values["means"]), _tensor(values["pending"])
-        self._score = torch.tensor(values["score"], dtype=torch.float64)
-        self._steps = int(values["steps"])
+        self._means, self._pending = _tensor(state["means"]), _tensor(state["pending"])
+        self._score = torch.tensor(state["score"], dtype=torch.float64)
+        self._steps = int(state["steps"])
 
 
 def _values(tensor: Tensor | None) -> list[float] | None:

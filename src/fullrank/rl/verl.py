@@ -189,7 +189,7 @@ class _RankShaping:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
             step = self.state.global_step  # type: ignore[attr-defined]
-            values = json.dumps(self.shaper.to_json()).encode()
+            values = json.dumps(self.shaper.state_dict()).encode()
             atomic_write(folder / f"checkpoint-{step}" / STATE, values)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -198,7 +198,7 @@ class _RankShaping:
             return
         path = Path(checkpoint) / STATE
         try:
-            self.shaper.from_json(json.loads(path.read_text(encoding="utf-8")))
+            self.shaper.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{path} cannot be read ({error}): the checkpoint is not one of this trainer, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fullrank.core.errors import InputError, StoreError
 from fullrank.core.files import sync_folder
@@ -25,7 +27,7 @@ _PROGRESS = "progress.json"
 _BEST = "best.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What the trainer needs to go on as if nothing had happened.
-_NEEDED = (_PROGRESS, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+_NEEDED = (_PROGRESS, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Tensor]]:
         When files are missing or damaged, or were written by a newer version.
     """
     advice = "remove the folder 'checkpoints' in it, or train with resume=False, to start again"
-    missing = [name for name in _NEEDED if not (checkpoint / name).is_file()]
+    missing = [name for name in _NEEDED if not any(checkpoint.glob(name))]
     if missing:
         raise StoreError(f"{checkpoint} is no whole checkpoint: {missing[0]} is missing; {advice}")
     try:
@@ -128,6 +130,15 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Tensor]]:
     return progress, best
 
 
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights: what tells one start of a run from another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raise unless a run in a folder is the one that is asked for.
 
@@ -141,7 +152,8 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
         for name in wanted["config"]
         if found.get("config", {}).get(name) != wanted["config"][name]
     ]
-    differs += [n for n in wanted if n != "config" and found.get(n) != wanted[n]]
+    others = [name for name in {**wanted, **found} if name != "config"]
+    differs += [name for name in others if found.get(name) != wanted.get(name)]
     if differs:
         raise InputError(
             f"{where} holds a run with another {', '.join(differs)}; give a new folder, or "

@@ -11,6 +11,7 @@ from fullrank.core.errors import InputError
 OptimizerName = Literal["galore_adamw", "adamw"]
 Decay = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
+Select = Literal["metric", "rankme"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class EncoderTraining:
         Evaluations in a row without a new best after which training ends; None never ends it.
     metric
         Development metric, as ir-measures names it.
+    select
+        ``"metric"`` keeps the weights with the best development metric; ``"rankme"`` those with
+        the highest RankMe of the documents' vectors (arXiv 2210.02885), which looks at no
+        judgement. High rank is necessary for good vectors, not sufficient: noise raises it too,
+        and so may weights that have hardly been trained.
     dev_queries, dev_documents, dev_tokens
         What an evaluation encodes, so that it costs a few seconds: at most so many queries, their
         judged documents and a random sample up to so many documents, cut to so many tokens. The
@@ -115,6 +121,7 @@ class EncoderTraining:
     evaluations: int = 4
     patience: int | None = 3
     metric: str = "nDCG@10"
+    select: Select = "metric"
     dev_queries: int = 1000
     dev_documents: int = 1000
     dev_tokens: int = 64
@@ -126,6 +133,7 @@ class EncoderTraining:
             ("optimizer", get_args(OptimizerName)),
             ("decay", get_args(Decay)),
             ("precision", get_args(Precision)),
+            ("select", get_args(Select)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(

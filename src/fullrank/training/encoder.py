@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fullrank.core.errors import FullrankError, InputError, StoreError, require
+from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
-from fullrank.training.checkpoints import CHECKPOINTS, check_identity, newest, read_progress
+from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
 from fullrank.training.config import EncoderTraining
 from fullrank.training.dev import DevSet, training_parts
 from fullrank.training.history import TrainingHistory
 from fullrank.training.interrupt import Interrupt
 from fullrank.training.optimizers import build_optimizer, measure_state
 from fullrank.training.pairs import TrainingPairs, make_pairs
+from fullrank.training.processes import Processes, SharedClock
 from fullrank.training.quiet import (
     own_randomness,
     precision_of,
@@ -65,7 +66,8 @@ def train_encoder(
     Pairs of a query and a relevant document, each with BM25 hard negatives, are trained on with
     :class:`MaskedRankingLoss`. The development metric is measured at the start and a few times
     more; the weights of the best measurement are kept, those of the start included, so the result
-    is never worse than the model was on the development queries.
+    is never worse than the model was on the development queries. With ``select="rankme"`` those
+    with the highest RankMe are kept instead, which promises no such thing.
 
     Parameters
     ----------
@@ -171,7 +173,7 @@ class _Training:
 
     def run(self, progress: bool) -> TrainedEncoder:
         """Train, keep the best weights, count memory."""
-        from fullrank.training.loop import load_weights
+        from fullrank.training.loop import load_weights, run
 
         config, model = self.config, self.model
         on_cpu = model.device.type == "cpu"
@@ -186,22 +188,10 @@ class _Training:
             )
             workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             interrupt = stack.enter_context(Interrupt(self.folder is not None))
+            clock = SharedClock(Processes(), model.device, lambda: interrupt.wanted)
             advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
-            trainer, loop, checkpoint = self._trainer(workplace, advance, interrupt)
-            try:
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
-            except FullrankError:
-                raise
-            except Exception as error:
-                if checkpoint is None or loop.began:
-                    raise
-                raise StoreError(
-                    f"{checkpoint} is damaged ({error}); train with resume=False to start again"
-                ) from error
-            if interrupt.wanted and not loop.history.stopped:
-                raise KeyboardInterrupt
+            trainer, loop, checkpoint = self._trainer(workplace, advance, clock)
+            run(trainer, loop, checkpoint, clock)
             self.interrupted = interrupt.wanted
             memory = measure_state(trainer.optimizer, model, config.optimizer, loop.peak)
             load_weights(model, loop.best)
@@ -219,7 +209,7 @@ class _Training:
         return TrainedEncoder(model, loop.history, memory, config, data, self.folder)
 
     def _trainer(
-        self, workplace: Path, advance: Callable[[int], None], interrupt: Interrupt
+        self, workplace: Path, advance: Callable[[int], None], clock: SharedClock
     ) -> tuple[Any, Any, Path | None]:
         """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
         from sentence_transformers import SentenceTransformerTrainingArguments
@@ -228,11 +218,13 @@ class _Training:
         )
 
         from fullrank.retrieval import Encoder
-        from fullrank.training.loop import Loop
+        from fullrank.training.loop import Loop, continue_from, quiet_arguments
         from fullrank.training.trainer import EncoderTrainer, PairSampler
 
         config, model = self.config, self.model
-        box = TimeBox(self.steps, config.seconds, warmup=config.warmup, decay=config.decay)
+        box = TimeBox(
+            self.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
+        )
         loss = MaskedRankingLoss(
             model,
             self.pairs.forbidden,
@@ -243,44 +235,29 @@ class _Training:
         loop = Loop(
             box,
             self.dev.measure,
-            TrainingHistory(self.dev.name),
+            TrainingHistory(self.dev.name, select=config.select),
             loss,
             evaluations=config.evaluations,
             patience=config.patience,
             saves=self.folder is not None,
             advance=advance,
-            interrupted=lambda: interrupt.wanted,
+            clock=clock,
         )
-        checkpoints = workplace / CHECKPOINTS
-        checkpoint = newest(checkpoints)
-        if checkpoint is not None:
-            before, best = read_progress(checkpoint)
-            check_identity(before.identity, self.identity, workplace)
-            loop.restore(before, best)
+        checkpoint = continue_from(loop, workplace, self.identity)
         encoder = Encoder(model)
         optimizer = build_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: box.factor(step))
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=str(checkpoints),
+        arguments = quiet_arguments(
+            SentenceTransformerTrainingArguments,
+            workplace,
+            model.device,
             per_device_train_batch_size=min(config.batch_size, len(self.pairs)),
             max_steps=self.steps,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
             batch_sampler=PairSampler,
             dataloader_drop_last=self.drop_last,
-            dataloader_pin_memory=False,
-            use_cpu=model.device.type == "cpu",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            eval_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
         )
-        # One GPU: DataParallel would split a batch, and with it the negatives of each query.
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1
         trainer = EncoderTrainer(
             loop=loop,
             identity=self.identity,
@@ -341,10 +318,6 @@ def _identity(
     dev_metric: Callable[[Any], float] | None,
 ) -> dict[str, Any]:
     """What makes two calls the same run."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name}{tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     data = hashlib.sha256(train.corpus.fingerprint.encode())
     for part in (train, dev):
         if part is not None:
@@ -353,6 +326,6 @@ def _identity(
     return {
         "config": config.as_dict(),
         "dev_metric": None if dev_metric is None else getattr(dev_metric, "__name__", "metric"),
-        "model": weights.hexdigest(),
+        "model": weights_digest(model),
         "data": data.hexdigest(),
     }

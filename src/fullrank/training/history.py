@@ -45,6 +45,8 @@ class TrainingHistory:
         Why it ended: ``"time"``, ``"steps"``, ``"patience"``, or ``""`` while it runs.
     lower_is_better
         Whether the metric is a loss.
+    select
+        What the best evaluation is chosen by: ``"metric"``, or ``"rankme"``.
 
     Examples
     --------
@@ -60,16 +62,19 @@ class TrainingHistory:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     stopped: str = ""
     lower_is_better: bool = False
+    select: str = "metric"
 
     @property
     def best(self) -> EvaluationRecord | None:
         """The first of the best evaluations; None before there is one."""
+        if self.select == "rankme":
+            return max(self.evaluations, key=lambda e: e.rankme or 0.0, default=None)
         sign = -1 if self.lower_is_better else 1
         return max(self.evaluations, key=lambda e: sign * e.metric, default=None)
 
     @property
     def gain(self) -> float:
-        """By how much the best development metric is better than that before training."""
+        """By how much the metric of the best evaluation is better than that before training."""
         best = self.best
         if best is None:
             return 0.0
@@ -122,4 +127,5 @@ class TrainingHistory:
             evaluations=[EvaluationRecord(**e) for e in values["evaluations"]],
             stopped=values["stopped"],
             lower_is_better=values.get("lower_is_better", False),
+            select=values.get("select", "metric"),
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,18 +13,25 @@ from typing import Any
 
 import torch
 
-from fullrank.core.errors import FullrankError, InputError, StoreError, require
+from fullrank.core.errors import InputError, require
 from fullrank.core.progress import progress as progress_bar
 from fullrank.datasets.texts import Texts, read_texts
-from fullrank.training.checkpoints import CHECKPOINTS, check_identity, newest, read_progress
+from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
 from fullrank.training.history import TrainingHistory
 from fullrank.training.interrupt import Interrupt
 from fullrank.training.lm_config import LMTraining
 from fullrank.training.lm_data import BYTES, LMData, bits_per_byte, load_lm, read_tokenizer
 from fullrank.training.lm_optimizers import make_optimizer
 from fullrank.training.optimizers import StateMemory, measure_state
+from fullrank.training.processes import Processes, SharedClock
 from fullrank.training.quiet import own_randomness, precision_of, quiet_libraries
-from fullrank.training.results import RESULT, checked_folder, put_in_place, versions
+from fullrank.training.results import (
+    RESULT,
+    checked_folder,
+    put_in_place,
+    read_result,
+    versions,
+)
 from fullrank.training.schedule import TimeBox
 
 METRIC = "bits per byte"
@@ -132,21 +138,20 @@ def train_lm(
     """
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "train_lm works in one process; start it without torchrun or accelerate launch"
-        )
     folder = None if out is None else checked_folder(Path(out))
+    processes = Processes()
     with quiet_libraries(), own_randomness():
-        training = _Training(config, texts, folder)
-        if folder is not None and not resume:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-            (folder / RESULT).unlink(missing_ok=True)
+        training = _Training(config, texts, folder, processes)
+        with processes.main_first() as main:
+            if main and folder is not None and not resume:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+                (folder / RESULT).unlink(missing_ok=True)
         if folder is not None and (folder / RESULT).is_file():
             return training.finished(folder)
-        trained = training.run(progress)
-        if folder is not None:
-            _save(trained, folder, training.identity)
+        trained = training.run(progress and processes.main)
+        with processes.main_first() as main:
+            if main and folder is not None:
+                _save(trained, folder, training.identity)
     if training.interrupted:
         raise KeyboardInterrupt
     return trained
@@ -155,60 +160,54 @@ def train_lm(
 class _Training:
     """One run of the loop."""
 
-    def __init__(self, config: LMTraining, texts: Texts | None, folder: Path | None) -> None:
+    def __init__(
+        self, config: LMTraining, texts: Texts | None, folder: Path | None, processes: Processes
+    ) -> None:
         section = config.data
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.processes = config, folder, processes
+        if processes.count > 1 and config.optimizer.per_layer:
+            raise InputError(
+                "optimizer.per_layer takes gradients before the processes have averaged them; "
+                "leave it out, or train in one process"
+            )
+        self.device = processes.device(config.loop.device)
+        processes.join(self.device)
         self.texts = texts or read_texts(section.source, field_name=section.field)
         self.tokenizer = read_tokenizer(section.tokenizer or config.model.name or BYTES)
         self.data = LMData.of(self.texts, self.tokenizer, section.context, section.dev_bytes)
-        self.identity = {"config": config.as_dict(), "data": self.texts.fingerprint}
+        self.identity: dict[str, Any] = {
+            "config": config.as_dict(),
+            "data": self.texts.fingerprint,
+        }
+        if config.model.name is not None:
+            self.identity["model"] = weights_digest(self.model)
+        if processes.count > 1:
+            self.identity["number of processes"] = processes.count
         self.interrupted = False
 
     def finished(self, folder: Path) -> TrainedLM:
         """Load the run that was finished in a folder, if it is this one."""
-        try:
-            values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            check_identity(values["identity"], self.identity, folder)
-            history = TrainingHistory.from_json(values["history"])
-            memory = StateMemory.from_json(values["memory"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{folder / RESULT} is damaged ({error}); train with resume=False"
-            ) from error
+        history, memory, data = read_result(folder, self.identity)
         model = load_lm(str(folder), None, self.tokenizer, self.config.model.dtype).eval()
-        return TrainedLM(
-            model, self.tokenizer, history, memory, self.config, values["data"], folder
-        )
+        return TrainedLM(model, self.tokenizer, history, memory, self.config, data, folder)
 
     def run(self, progress: bool) -> TrainedLM:
         """Train, keep the best weights, count memory."""
-        from fullrank.training.loop import load_weights
+        from fullrank.training.loop import load_weights, run
 
-        model = self._model()
+        model = self.model
         with ExitStack() as stack:
             workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             interrupt = stack.enter_context(Interrupt(self.folder is not None))
+            clock = SharedClock(self.processes, self.device, lambda: interrupt.wanted)
             advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
-            trainer, loop, checkpoint = self._trainer(model, workplace, advance, interrupt)
+            trainer, loop, checkpoint = self._trainer(model, workplace, advance, clock)
             if self.config.optimizer.per_layer:
                 from fullrank.optim import step_per_layer
 
                 hooks = step_per_layer(trainer.optimizer, self.config.loop.accumulation)
                 stack.enter_context(hooks)
-            try:
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
-            except FullrankError:
-                raise
-            except Exception as error:
-                if checkpoint is None or loop.began:
-                    raise
-                raise StoreError(
-                    f"{checkpoint} is damaged ({error}); train with resume=False to start again"
-                ) from error
-            if interrupt.wanted and not loop.history.stopped:
-                raise KeyboardInterrupt
+            run(trainer, loop, checkpoint, clock)
             self.interrupted = interrupt.wanted
             memory = measure_state(trainer.optimizer, model, self.config.optimizer.name, loop.peak)
         load_weights(model, loop.best)
@@ -223,7 +222,8 @@ class _Training:
             self.folder,
         )
 
-    def _model(self) -> Any:
+    @functools.cached_property
+    def model(self) -> Any:
         """The model at the start; at random it depends on the seed alone."""
         section, loop = self.config.model, self.config.loop
         torch.manual_seed(loop.seed)
@@ -235,36 +235,38 @@ class _Training:
             )
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(loop.device or automatic)
+        return model.to(self.device)
 
     def _trainer(
-        self, model: Any, workplace: Path, advance: Callable[[int], None], interrupt: Interrupt
+        self, model: Any, workplace: Path, advance: Callable[[int], None], clock: SharedClock
     ) -> tuple[Any, Any, Path | None]:
         """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
         from fullrank.training.lm_trainer import LMTrainer, arguments
-        from fullrank.training.loop import Loop
+        from fullrank.training.loop import Loop, continue_from
 
         config = self.config.loop
         autocast = precision_of(config.precision, model.device)
-        box = TimeBox(config.steps, config.seconds, warmup=config.warmup, decay=config.decay)
+        box = TimeBox(
+            config.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
+        )
         counted = _Tokens()
+
+        def measure(model: Any) -> tuple[float, None]:
+            size = 4 * config.batch_size
+            return bits_per_byte(model, self.data, size, autocast, self.processes), None
+
         loop = Loop(
             box,
-            lambda m: (bits_per_byte(m, self.data, 4 * config.batch_size, autocast), None),
+            measure,
             TrainingHistory(METRIC, lower_is_better=True),
             counted,
             evaluations=config.evaluations,
             patience=config.patience,
             saves=self.folder is not None,
             advance=advance,
-            interrupted=lambda: interrupt.wanted,
+            clock=clock,
         )
-        checkpoint = newest(workplace / CHECKPOINTS)
-        if checkpoint is not None:
-            before, best = read_progress(checkpoint)
-            check_identity(before.identity, self.identity, workplace)
-            loop.restore(before, best)
+        checkpoint = continue_from(loop, workplace, self.identity)
         optimizer = make_optimizer(model, self.config.optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, box.factor)
         trainer = LMTrainer(
@@ -273,7 +275,7 @@ class _Training:
             counted=counted,
             autocast=autocast,
             model=model,
-            args=arguments(config, workplace / CHECKPOINTS, model.device),
+            args=arguments(config, workplace, model.device),
             train_dataset=self.data.train,
             optimizers=(optimizer, schedule),
         )

@@ -15,11 +15,13 @@ from fullrank.core.errors import InputError, require
 Precision = Literal["auto", "bfloat16", "float32"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Keys of a run that belong together; one that is not known is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """What is trained.
 
     Parameters
@@ -47,7 +49,7 @@ class ModelSection(_Section):
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """What it is trained on.
 
     Parameters
@@ -72,7 +74,7 @@ class DataSection(_Section):
     dev_bytes: int = Field(default=100_000, ge=1000)
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """How weights are updated.
 
     Parameters
@@ -102,7 +104,7 @@ class OptimizerSection(_Section):
     per_layer: bool = False
 
 
-class LoopSection(_Section):
+class LoopSection(Section):
     """How long, and how it is watched.
 
     Parameters
@@ -136,7 +138,47 @@ class LoopSection(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-class LMTraining(_Section):
+class RunSettings(Section):
+    """A run as a file says it, with changes on the command line."""
+
+    @classmethod
+    def read(cls, path: str | Path, changes: Sequence[str] = ()) -> Self:
+        """Read a YAML or TOML file; ``changes`` are ``section.key=value`` and win."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"there is no file {path}; expected a YAML or TOML file")
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
+        except Exception as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            expected = ", ".join(f"{name}:" for name in cls.model_fields)
+            raise InputError(f"{path} holds no sections; expected {expected}")
+        return cls.of(values, changes)
+
+    @classmethod
+    def of(cls, values: dict[str, Any], changes: Sequence[str] = ()) -> Self:
+        """Build a run from nested values, and changes to them."""
+        values = json.loads(json.dumps(values))
+        for change in changes:
+            _change(values, change)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, e['loc'])) or 'the run'}: "
+                f"{e['msg'].removeprefix('Value error, ')}"
+                for e in error.errors()
+            ]
+            raise InputError("; ".join(lines)) from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return self.model_dump(mode="json")
+
+
+class LMTraining(RunSettings):
     """A run: model, data, optimizer, loop.
 
     Raises
@@ -164,41 +206,6 @@ class LMTraining(_Section):
                 "loop.clip to null"
             )
         return self
-
-    @classmethod
-    def read(cls, path: str | Path, changes: Sequence[str] = ()) -> LMTraining:
-        """Read a YAML or TOML file; ``changes`` are ``section.key=value`` and win."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"there is no file {path}; expected a YAML or TOML file")
-        text = path.read_text(encoding="utf-8")
-        try:
-            values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
-        except Exception as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{path} holds no sections; expected model:, data:, optimizer:, loop:")
-        return cls.of(values, changes)
-
-    @classmethod
-    def of(cls, values: dict[str, Any], changes: Sequence[str] = ()) -> LMTraining:
-        """Build a run from nested values, and changes to them."""
-        values = json.loads(json.dumps(values))
-        for change in changes:
-            _change(values, change)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, e['loc'])) or 'the run'}: "
-                f"{e['msg'].removeprefix('Value error, ')}"
-                for e in error.errors()
-            ]
-            raise InputError("; ".join(lines)) from error
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return self.model_dump(mode="json")
 
 
 def _yaml(text: str) -> Any:

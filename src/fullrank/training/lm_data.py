@@ -18,6 +18,7 @@ from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
 from fullrank.core.modes import evaluating
 from fullrank.datasets.texts import Texts
+from fullrank.training.processes import Processes
 
 END = "<|end|>"
 BYTES = "bytes"
@@ -167,26 +168,35 @@ def _first(documents: Sequence[str], size: int) -> list[str]:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Any, data: LMData, batch_size: int, autocast: torch.dtype | None) -> float:
+def bits_per_byte(
+    model: Any,
+    data: LMData,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    processes: Processes | None = None,
+) -> float:
     """Bits that the model needs for a byte of the dev part.
 
-    Every token but the first is predicted once, from those before it in its sequence.
+    Every token but the first is predicted once, from those before it in its sequence. Several
+    processes share the work and find the same.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    predicted = 0
+    processes = processes or Processes()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     blocks = list(data.dev)
     last = blocks.pop() if len(blocks[-1]["input_ids"]) < data.dev.length else None
     batches = [blocks[i : i + batch_size] for i in range(0, len(blocks), batch_size)]
+    batches += [[last]] if last is not None else []
     with evaluating(model):
-        for batch in [*batches, *([[last]] if last is not None else [])]:
+        for batch in batches[processes.rank :: processes.count]:
             ids = torch.stack([block["input_ids"] for block in batch]).to(device)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 loss = model(input_ids=ids, labels=ids).loss
             count = ids.shape[0] * (ids.shape[1] - 1)
-            total += loss.double() * count
-            predicted += count
-    return float(total) / predicted / math.log(2) / data.bytes_per_token
+            total[0] += loss.double() * count
+            total[1] += count
+    nats, predicted = processes.total(total).tolist()
+    return float(nats / predicted / math.log(2) / data.bytes_per_token)
 
 
 def load_lm(name: str | None, config: dict[str, Any] | None, tokenizer: Any, dtype: str) -> Any:

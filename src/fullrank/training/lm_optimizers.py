@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import nn
 
 from fullrank import optim
 from fullrank.core.errors import InputError
+from fullrank.core.names import canonical_name
 from fullrank.training.lm_config import OptimizerSection
 
 Groups = list[dict[str, Any]]
 # GaLore's and LIFT's default.
 _RANK = 128
+# transformers' names of the output layer of a classifier.
+_CLASSIFIERS = ("classifier", "score")
 Build = Callable[[nn.Module, Groups, OptimizerSection], torch.optim.Optimizer]
 
 
@@ -61,9 +64,11 @@ def optimizer_names() -> list[str]:
 
 
 def body_and_head(model: nn.Module, section: OptimizerSection) -> Groups:
-    """Sort trainable parameters into weight matrices of the blocks, and all others."""
-    groups = optim.frugal_param_groups(model)
-    body = {id(p) for p in groups[0]["params"]} if groups.projected else set()
+    """Sort trainable parameters into weight matrices of the blocks, and all others.
+
+    An adapter's matrices are of the body; a classifier's output layer is of the head.
+    """
+    body = {id(p) for p in _matrices(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     head_lr = section.lr if section.head_lr is None else section.head_lr
     found = [
@@ -75,6 +80,27 @@ def body_and_head(model: nn.Module, section: OptimizerSection) -> Groups:
         {"params": [p for p in trained if id(p) not in body], "lr": head_lr, "weight_decay": 0.0},
     ]
     return [group for group in found if group["params"]]
+
+
+def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    head = {id(p) for name in _CLASSIFIERS for p in _parts(model, name)}
+    try:
+        matrices = list(optim.frugal_param_groups(model)[0]["params"])
+    except InputError:  # no linear layer is trained: an adapter without one, or nothing at all
+        matrices = []
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, name, None)
+            if isinstance(held, nn.Module):
+                matrices += [p for p in held.parameters() if p.requires_grad and p.ndim >= 2]
+    yield from (p for p in matrices if id(p) not in head)
+
+
+def _parts(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Parameters of a module directly inside the model, whatever wraps that."""
+    for full, parameter in model.named_parameters():
+        if canonical_name(full).partition(".")[0] == name:
+            yield parameter
 
 
 class Together(torch.optim.Optimizer):

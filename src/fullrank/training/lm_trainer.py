@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
 from fullrank.training.lm_config import LoopSection
-from fullrank.training.loop import TokenCount, WholeCheckpoints
+from fullrank.training.loop import TokenCount, WholeCheckpoints, quiet_arguments
 
 
 class SeededOrder(Sampler[int]):
@@ -70,12 +70,17 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Count the tokens of a pass, and show the loss to optimizers that watch it."""
-        self._counted.tokens += inputs["labels"].shape[0] * (inputs["labels"].shape[1] - 1)
+        self._counted.tokens += self.tokens_of(inputs) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         observe = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "observe", None)
         if observe is not None:
             observe(loss)
         return loss
+
+    def tokens_of(self, inputs: Any) -> int:
+        """Tokens that are trained on in a pass: all but the first of each sequence."""
+        sequences, length = inputs["labels"].shape
+        return int(sequences * (length - 1))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         """Run the forward pass in the type that was chosen."""
@@ -86,25 +91,14 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
 def arguments(config: LoopSection, folder: Path, device: torch.device) -> Any:
     """Return the trainer's own settings for ours."""
-    found = TrainingArguments(
-        output_dir=str(folder),
+    return quiet_arguments(
+        TrainingArguments,
+        folder,
+        device,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         max_steps=config.steps,
         max_grad_norm=config.clip or 0.0,
         seed=config.seed,
-        dataloader_pin_memory=False,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
         remove_unused_columns=False,
     )
-    # One GPU: DataParallel would split a batch.
-    if found.n_gpu > 1:
-        found._n_gpu = 1
-    return found

@@ -14,10 +14,19 @@ from typing import Any, Protocol
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from fullrank.core.errors import InputError
+from fullrank.core.errors import DivergedError, FullrankError, StoreError
 from fullrank.optim.memory import state_bytes
-from fullrank.training.checkpoints import Progress, publish, write_progress
+from fullrank.training.checkpoints import (
+    CHECKPOINTS,
+    Progress,
+    check_identity,
+    newest,
+    publish,
+    read_progress,
+    write_progress,
+)
 from fullrank.training.history import EvaluationRecord, StepRecord, TrainingHistory
+from fullrank.training.processes import Processes, SharedClock
 from fullrank.training.schedule import TimeBox
 
 Weights = dict[str, torch.Tensor]
@@ -53,8 +62,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         Whether a checkpoint is written at every evaluation.
     advance
         Moves the progress bar by so many percent.
-    interrupted
-        Whether the user wants to stop.
+    clock
+        What ``box`` reads; says whether the user wants to stop.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         patience: int | None,
         saves: bool,
         advance: Callable[[int], None],
-        interrupted: Callable[[], bool],
+        clock: SharedClock,
     ) -> None:
         self.box = box
         self.measure = measure
@@ -82,7 +91,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self._patience = patience
         self._saves = saves
         self._advance = advance
-        self._interrupted = interrupted
+        self._clock = clock
         self._percent = 0
         self._step_seconds = 0.0
 
@@ -112,6 +121,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         """Start the clock; measure the model as it came."""
         self.began = True
         if not self.history.evaluations and not state.global_step:
+            self._clock.agree()
             self.box.start()
             self._evaluate(0, kwargs["model"])
             self._afford(self.history.evaluations[0].took)
@@ -126,14 +136,12 @@ class Loop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, save or stop, where it is time to."""
         step = state.global_step
+        self._clock.agree()
+        stopping = self._clock.stop
         self._step_seconds = self.box.elapsed
         self.peak = max(self.peak, state_bytes(kwargs["optimizer"]))
         share = self.box.progress(step)
         self._show(share)
-        if self._interrupted() and share < 1:
-            control.should_save = self._saves
-            control.should_training_stop = True
-            return
         if share >= 1:
             self.history.stopped = "steps" if step >= self.box.max_steps else "time"
         if share >= self.next_share - 1e-9 or self.history.stopped:
@@ -142,6 +150,11 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             if self._patience is not None and self.history.since_best >= self._patience:
                 self.history.stopped = self.history.stopped or "patience"
             control.should_save = self._saves and not self.history.stopped
+        if stopping and not self.history.stopped:
+            # After the evaluation that was due, which would come later in a run that goes on.
+            control.should_save = self._saves
+            control.should_training_stop = True
+            return
         control.should_training_stop = bool(self.history.stopped)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -149,7 +162,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise InputError(
+            raise DivergedError(
                 f"training diverged: the loss at step {state.global_step} is {logs['loss']}; "
                 "use a smaller lr"
             )
@@ -165,8 +178,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         )
 
     def _evaluate(self, step: int, model: Any) -> None:
+        self._clock.agree()
         began = self.box.elapsed
         metric, rankme = self.measure(model)
+        self._clock.agree()
         took = self.box.elapsed - began
         self.history.evaluations.append(EvaluationRecord(step, metric, rankme, began, took))
         best = self.history.best
@@ -178,6 +193,75 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         if percent > self._percent:
             self._advance(percent - self._percent)
             self._percent = percent
+
+
+def continue_from(loop: Loop, workplace: Path, identity: dict[str, Any]) -> Path | None:
+    """Bring a loop to where its newest checkpoint was written; return that, None without one."""
+    checkpoint = newest(workplace / CHECKPOINTS)
+    if checkpoint is not None:
+        before, best = read_progress(checkpoint)
+        check_identity(before.identity, identity, workplace)
+        loop.restore(before, best)
+    return checkpoint
+
+
+def run(trainer: Any, loop: Loop, checkpoint: Path | None, clock: SharedClock) -> None:
+    """Train to the end, or until the user wants to stop.
+
+    Raises
+    ------
+    StoreError
+        When the checkpoint cannot be gone on from.
+    KeyboardInterrupt
+        When the user wanted to stop before the end; a checkpoint is there by then.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except FullrankError:
+        raise
+    except Exception as error:
+        if checkpoint is None or loop.began:
+            raise
+        raise StoreError(
+            f"{checkpoint} is damaged ({error}); train with resume=False to start again"
+        ) from error
+    if clock.stop and not loop.history.stopped:
+        raise KeyboardInterrupt
+
+
+def quiet_arguments(kind: Any, folder: Path, device: torch.device, **chosen: Any) -> Any:
+    """Return a trainer's own settings with everything off that :class:`Loop` does instead.
+
+    Parameters
+    ----------
+    kind
+        Class of the settings.
+    folder
+        Of the run; checkpoints go below it.
+    device
+        Where the model is.
+    chosen
+        The other settings.
+    """
+    found = kind(
+        output_dir=str(folder / CHECKPOINTS),
+        dataloader_pin_memory=False,
+        use_cpu=device.type == "cpu",
+        # accelerate takes a process that is told its backend for one of several.
+        ddp_backend="gloo" if device.type == "cpu" and Processes().count > 1 else None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        **chosen,
+    )
+    # One GPU: DataParallel would split a batch, and with it the negatives of each query.
+    if found.n_gpu > 1:
+        found._n_gpu = 1
+    return found
 
 
 def trainable_weights(model: Any) -> Weights:
@@ -222,16 +306,21 @@ class WholeCheckpoints:
         return str(self._staging or super()._get_output_dir(trial))  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
+        folder, processes = Path(self.args.output_dir), Processes()
         name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / f".writing-{self.state.global_step}"
-        shutil.rmtree(self._staging, ignore_errors=True)
+        with processes.main_first() as main:
+            if main:
+                shutil.rmtree(self._staging, ignore_errors=True)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            write_progress(
-                self._staging / name, self._loop.progress(self._identity), self._loop.best
-            )
-            publish(self._staging / name, folder / name)
+            processes.wait()
+            if processes.main:
+                progress = self._loop.progress(self._identity)
+                write_progress(self._staging / name, progress, self._loop.best)
+                publish(self._staging / name, folder / name)
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if processes.main:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+        processes.wait()

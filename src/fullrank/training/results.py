@@ -86,19 +86,35 @@ def checked_folder(folder: Path) -> Path:
 
 
 def load_result(folder: Path, identity: dict[str, Any], config: EncoderTraining) -> TrainedEncoder:
-    """Load the run that was finished in a folder, if it is this one."""
+    """Load the encoder that was finished in a folder, if its run is this one."""
     library = require("sentence_transformers", extra="hf")
+    history, memory, data = read_result(folder, identity)
+    model = library.SentenceTransformer(str(folder), device=config.device)
+    return TrainedEncoder(model, history, memory, config, data, folder)
+
+
+def read_result(
+    folder: Path, identity: dict[str, Any]
+) -> tuple[TrainingHistory, StateMemory, dict[str, Any]]:
+    """Read history, memory and data of the run that was finished in a folder.
+
+    Raises
+    ------
+    InputError
+        When it is another run.
+    StoreError
+        When the file is damaged.
+    """
     try:
         values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         check_identity(values["identity"], identity, folder)
         history = TrainingHistory.from_json(values["history"])
         memory = StateMemory.from_json(values["memory"])
+        return history, memory, values["data"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise StoreError(
             f"{folder / RESULT} is damaged ({error}); train with resume=False"
         ) from error
-    model = library.SentenceTransformer(str(folder), device=config.device)
-    return TrainedEncoder(model, history, memory, config, values["data"], folder)
 
 
 def save_result(trained: TrainedEncoder, folder: Path, identity: dict[str, Any]) -> None:

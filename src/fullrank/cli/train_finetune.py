@@ -1,0 +1,119 @@
+"""`fullrank train finetune`: a language model, classifier or encoder, from a file of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fullrank.cli.train_lm import _optimizers
+
+EXAMPLE = """\
+# fullrank train finetune run.yaml --out tuned
+model:
+  kind: lm                # or classifier, encoder
+  name: FOLDER-OR-HUGGING-FACE-NAME
+data:
+  # lm: a text or JSONL file (text, or prompt and completion), a folder, python_source, gsm8k
+  # classifier: JSONL with text and label;  encoder: pydocs, cranfield, a BEIR folder
+  source: notes.jsonl
+  max_tokens: 128
+adapter:
+  method: eva             # fullrank train finetune --adapters lists them; full: none
+  rank: 8
+  as_lora: false          # true: saved as an ordinary LoRA, which loads without fullrank
+  options: {rho: 2.0}
+optimizer:
+  name: adamw             # fullrank train finetune --optimizers lists them
+  lr: 0.001
+loop:
+  steps: 500
+  batch_size: 16
+  evaluations: 10
+  patience: 3             # stop after so many evaluations without a new best
+  seed: 0
+"""
+
+
+def _example(wanted: bool) -> None:
+    if wanted:
+        typer.echo(EXAMPLE, nl=False)
+        raise typer.Exit
+
+
+def _adapters(wanted: bool) -> None:
+    if wanted:
+        from fullrank.adapters.adapt_methods import METHODS
+
+        for name, method in METHODS.items():
+            needs = "" if method.needs == "nothing" else f" (starts from {method.needs})"
+            typer.echo(f"{name:14}{method.title}{needs}")
+        typer.echo(f"{'full':14}no adapter: every weight is trained")
+        raise typer.Exit
+
+
+def finetune(
+    config: Annotated[
+        Path, typer.Argument(help="YAML or TOML file: model, data, adapter, optimizer, loop.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, e.g. adapter.method=lora_ga loop.steps=200."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the adapter; the same command goes on where it stopped."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")
+    ] = False,
+    example: Annotated[
+        bool,
+        typer.Option(
+            "--example", help="Print a file to start from.", callback=_example, is_eager=True
+        ),
+    ] = False,
+    adapters: Annotated[
+        bool,
+        typer.Option(
+            "--adapters", help="Print the adapters' names.", callback=_adapters, is_eager=True
+        ),
+    ] = False,
+    optimizers: Annotated[
+        bool,
+        typer.Option(
+            "--optimizers", help="Print the optimizers' names.", callback=_optimizers, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a language model, a classifier or an encoder with any adapter and optimizer.
+
+    Measures the dev part, keeps the best weights, and writes the adapter in PEFT's format, a log
+    (JSONL, CSV) and a plot. Start from `fullrank train finetune --example`.
+    """
+    from fullrank.training.finetune import finetune as tune
+    from fullrank.training.finetune_config import FULL, FinetuneRun
+
+    run = FinetuneRun.read(config, changes or [])
+    if out is None:
+        out = Path(config.stem)
+    tuned = tune(run, out=out, resume=not fresh)
+    console = Console()
+    console.print(tuned.history.table())
+    console.print(tuned.memory.table())
+    best = tuned.history.best
+    assert best is not None
+    trained, whole = tuned.data["trained_parameters"], tuned.data["parameters"]
+    what = "the model" if run.adapter.method == FULL else f"the {run.adapter.method} adapter"
+    console.print(
+        f"{out}: {what} of step {best.step}, dev {tuned.history.metric} {best.metric:.4f} "
+        f"({tuned.history.gain:+.4f}; stopped by {tuned.history.stopped}); {trained:,} of "
+        f"{whole:,} numbers trained."
+    )
+    if run.adapter.method != FULL:
+        console.print(
+            f"It loads with peft.PeftModel.from_pretrained(base, {str(out)!r}); see it with "
+            f"fullrank adapters inspect {out}"
+        )

@@ -1,0 +1,355 @@
+"""`finetune`: a language model, classifier or encoder, with any adapter and any optimizer."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fullrank.core.errors import InputError, require
+from fullrank.core.models import load_model
+from fullrank.core.plan import RankPlan
+from fullrank.core.progress import progress as progress_bar
+from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
+from fullrank.training.finetune_config import FULL, FinetuneRun
+from fullrank.training.finetune_tasks import Task, make_task
+from fullrank.training.history import TrainingHistory
+from fullrank.training.interrupt import Interrupt
+from fullrank.training.lm_optimizers import make_optimizer
+from fullrank.training.optimizers import StateMemory, measure_state
+from fullrank.training.processes import Processes, SharedClock
+from fullrank.training.quiet import own_randomness, precision_of, quiet_libraries
+from fullrank.training.results import RESULT, checked_folder, put_in_place, read_result, versions
+from fullrank.training.schedule import TimeBox
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model and how it came about.
+
+    Attributes
+    ----------
+    model
+        With the best weights, in evaluation mode: a ``PeftModel`` where there is an adapter; for
+        encoders the ``SentenceTransformer`` that holds it.
+    tuned
+        The ``PeftModel``, or the whole model without an adapter.
+    history
+        Loss curve, development metric at each evaluation, speed.
+    memory
+        Peak bytes of the optimizer's state against AdamW's.
+    config
+        The run's settings.
+    data
+        Counts: of what it was trained on, trained and all numbers.
+    adapter
+        A row a layer of what the adapter's start found; empty without one, and once a finished
+        run is read again.
+    folder
+        Where it is saved, or None.
+    """
+
+    model: Any
+    tuned: Any
+    history: TrainingHistory
+    memory: StateMemory
+    config: FinetuneRun
+    data: dict[str, Any] = field(default_factory=dict)
+    adapter: tuple[Any, ...] = ()
+    folder: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the model as JSON values: what ``training.json`` holds."""
+        best = self.history.best
+        return {
+            "version": 1,
+            "config": self.config.as_dict(),
+            "data": self.data,
+            "adapter": [vars(layer) for layer in self.adapter],
+            "history": self.history.to_json(),
+            "best": None if best is None else {"step": best.step, self.history.metric: best.metric},
+            "gain": self.history.gain,
+            "tokens_per_second": self.history.tokens_per_second,
+            "memory": self.memory.to_json(),
+            "versions": versions(),
+        }
+
+
+def finetune(
+    config: FinetuneRun,
+    *,
+    data: Any = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    resume: bool = True,
+) -> Finetuned:
+    """Fine-tune a model as a run's settings say, and keep its best weights.
+
+    Parameters
+    ----------
+    config
+        Model, data, adapter, optimizer and loop; see :class:`FinetuneRun`.
+    data
+        Instead of ``config.data.source``: :class:`~fullrank.datasets.Texts`,
+        :class:`~fullrank.training.finetune_data.Rows`, or a
+        :class:`~fullrank.datasets.Dataset` for an encoder.
+    out
+        New folder for the adapter in PEFT's format (the whole model without one), its tokenizer,
+        ``training.json``, ``log.jsonl`` and a plot. An interrupted run leaves checkpoints there
+        and goes on, bit by bit the same, when called again; a finished one is loaded.
+    progress
+        Show bars.
+    resume
+        False trains from the start, whatever is in ``out``.
+
+    Returns
+    -------
+    Finetuned
+        The best model, its history and its memory table.
+
+    Raises
+    ------
+    InputError
+        On settings that do not fit together, unfit data, a folder that holds something else or
+        another run, a loss that is not finite.
+    StoreError
+        On a damaged checkpoint.
+    KeyboardInterrupt
+        After Ctrl-C, once the step is finished and a checkpoint is written.
+
+    Examples
+    --------
+    >>> run = FinetuneRun.of({
+    ...     "model": {"kind": "classifier", "name": "org/model"},
+    ...     "data": {"source": "reviews.jsonl"},
+    ...     "adapter": {"method": "eva", "rank": 8},
+    ... })
+    >>> finetune(run, out="tuned").history.best.metric  # doctest: +SKIP
+    0.93
+    """
+    for library in ("transformers", "accelerate"):
+        require(library, extra="hf")
+    folder = None if out is None else checked_folder(Path(out))
+    processes = Processes()
+    with quiet_libraries(), own_randomness():
+        training = _Finetuning(config, data, folder, processes)
+        with processes.main_first() as main:
+            if main and folder is not None and not resume:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+                (folder / RESULT).unlink(missing_ok=True)
+        if folder is not None and (folder / RESULT).is_file():
+            return training.finished(folder)
+        tuned = training.run(progress and processes.main)
+        with processes.main_first() as main:
+            if main and folder is not None:
+                _save(tuned, folder, training.task, training.identity)
+    if training.interrupted:
+        raise KeyboardInterrupt
+    return tuned
+
+
+class _Finetuning:
+    """One run of the loop."""
+
+    def __init__(
+        self, config: FinetuneRun, data: Any, folder: Path | None, processes: Processes
+    ) -> None:
+        self.config, self.folder, self.processes = config, folder, processes
+        _check_adapter(config)
+        self.device = processes.device(config.loop.device)
+        processes.join(self.device)
+        torch.manual_seed(config.loop.seed)
+        self.task = make_task(config, data, processes)
+        self.task.network.to(self.device)
+        self.task.autocast = precision_of(config.loop.precision, self.device)
+        if config.model.gradient_checkpointing:
+            self.task.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.identity: dict[str, Any] = {
+            "config": config.as_dict(),
+            "data": self.task.fingerprint,
+            "model": weights_digest(self.task.network),
+        }
+        if processes.count > 1:
+            self.identity["number of processes"] = processes.count
+        self.start: dict[str, Any] = {}
+        self.interrupted = False
+        self.layers: tuple[Any, ...] = ()
+
+    def finished(self, folder: Path) -> Finetuned:
+        """Load the run that was finished in a folder, if it is this one."""
+        history, memory, data = read_result(folder, self.identity)
+        task = self.task
+        if self.config.adapter.method != FULL:
+            peft = require("peft", extra="adapters")
+            tuned = peft.PeftModel.from_pretrained(task.base, str(folder))
+            model = task.network if task.network is not task.base else tuned
+        else:
+            model = tuned = load_model(folder, lambda source: _again(task, source))
+        return Finetuned(model.eval(), tuned, history, memory, self.config, data, (), folder)
+
+    def run(self, progress: bool) -> Finetuned:
+        """Adapt, train, keep the best weights, count memory."""
+        from fullrank.training.loop import load_weights, run
+
+        with ExitStack() as stack:
+            stack.enter_context(self.task.form())
+            tuned = self._adapted(progress)
+            # The adapter's layers are inside an encoder; other models are run through PEFT's.
+            model = self.task.network if self.task.network is not self.task.base else tuned
+            workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            interrupt = stack.enter_context(Interrupt(self.folder is not None))
+            clock = SharedClock(self.processes, self.device, lambda: interrupt.wanted)
+            advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
+            trainer, loop, checkpoint = self._trainer(model, workplace, advance, clock)
+            run(trainer, loop, checkpoint, clock)
+            self.interrupted = interrupt.wanted
+            memory = measure_state(trainer.optimizer, model, self.config.optimizer.name, loop.peak)
+            load_weights(model, loop.best)
+            model.zero_grad(set_to_none=True)
+            counts = {
+                **self.task.counts,
+                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+        return Finetuned(
+            model.eval(), tuned, loop.history, memory, self.config, counts, self.layers, self.folder
+        )
+
+    def _adapted(self, progress: bool) -> Any:
+        """Put the adapter on; the same again when a run goes on."""
+        section, task = self.config.adapter, self.task
+        torch.manual_seed(self.config.loop.seed)
+        if section.method == FULL:
+            return task.base
+        from fullrank.adapters import adapt, to_lora
+        from fullrank.adapters.adapt_methods import METHODS
+
+        needs = METHODS[section.method].needs
+        sources = {"activations": task.inputs, "gradients": task.calibration}
+        tuned = adapt(
+            task.base,
+            section.method,
+            plan=None if section.plan is None else RankPlan.load(section.plan),
+            rank=section.rank,
+            data=sources[needs]() if needs in sources else None,
+            targets=section.targets,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            task_type=task.task_type,
+            loss_fn=task.loss,
+            seed=self.config.loop.seed,
+            progress=progress,
+            **section.options,
+        )
+        self.layers = tuned.adapt_report.layers
+        if section.as_lora:
+            to_lora(tuned)  # what cannot be saved so says so before it is trained
+        if self.config.model.gradient_checkpointing:
+            task.base.enable_input_require_grads()
+        # Some methods change the base by what they find: a run goes on only from the same start.
+        frozen = torch.nn.ParameterList(p for p in tuned.parameters() if not p.requires_grad)
+        self.start = {"start of the adapter": weights_digest(frozen)}
+        return tuned
+
+    def _trainer(
+        self, model: Any, workplace: Path, advance: Callable[[int], None], clock: SharedClock
+    ) -> tuple[Any, Any, Path | None]:
+        """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
+        from fullrank.training.finetune_trainer import FinetuneTrainer
+        from fullrank.training.lm_trainer import arguments
+        from fullrank.training.loop import Loop, continue_from
+
+        config, task = self.config.loop, self.task
+        box = TimeBox(
+            config.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
+        )
+        counted = _Tokens()
+        loop = Loop(
+            box,
+            task.measure,
+            TrainingHistory(task.metric, lower_is_better=task.lower_is_better),
+            counted,
+            evaluations=config.evaluations,
+            patience=config.patience,
+            saves=self.folder is not None,
+            advance=advance,
+            clock=clock,
+        )
+        identity = {**self.identity, **self.start}
+        checkpoint = continue_from(loop, workplace, identity)
+        optimizer = make_optimizer(model, self.config.optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, box.factor)
+        trainer = FinetuneTrainer(
+            task=task,
+            loop=loop,
+            identity=identity,
+            counted=counted,
+            autocast=task.autocast,
+            model=model,
+            args=arguments(config, workplace, self.device),
+            optimizers=(optimizer, schedule),
+        )
+        return trainer, loop, checkpoint
+
+
+@dataclass
+class _Tokens:
+    tokens: int = 0
+
+
+def _check_adapter(config: FinetuneRun) -> None:
+    """Raise on a method that there is not, before a model is loaded."""
+    if config.adapter.method == FULL:
+        return
+    from fullrank.adapters.adapt_methods import METHODS
+
+    require("peft", extra="adapters")
+    if config.adapter.method not in METHODS:
+        raise InputError(
+            f"adapter.method={config.adapter.method!r}; it is {FULL} or one of {', '.join(METHODS)}"
+        )
+
+
+def _again(task: Task, source: str) -> Any:
+    """Load a whole model that was fine-tuned."""
+    return (
+        type(task.network).from_pretrained(source)
+        if task.network is task.base
+        else (type(task.network)(source, device=str(task.network.device)))
+    )
+
+
+def _save(tuned: Finetuned, folder: Path, task: Task, identity: dict[str, Any]) -> None:
+    """Put adapter (or model), tokenizer and curves in place, then say that they are whole."""
+    from fullrank.training.lm_report import write_log, write_plot
+
+    section = tuned.config.adapter
+
+    def write(staging: Path) -> None:
+        if section.method == FULL:
+            task.save_base(staging)
+        elif section.as_lora:
+            from fullrank.adapters import save_as_lora
+
+            save_as_lora(tuned.tuned, staging)
+        else:
+            tuned.tuned.save_pretrained(str(staging))
+        task.save_rest(staging)
+        write_log(tuned.history, staging)
+        write_plot(tuned.history, staging)
+
+    values = {**tuned.to_json(), "identity": identity}
+    put_in_place(folder, write, values, last=_needed(tuned.config))
+
+
+def _needed(config: FinetuneRun) -> str:
+    """The file without which nothing loads what is saved."""
+    if config.adapter.method != FULL:
+        return "adapter_config.json"
+    return "modules.json" if config.model.kind == "encoder" else "config.json"

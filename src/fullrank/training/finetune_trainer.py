@@ -1,0 +1,97 @@
+"""The trainer of a fine-tuning task: any batches, checkpoints of what is trained alone.
+
+Imported only where transformers is there; see :func:`~fullrank.training.finetune`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from fullrank.core.errors import StoreError
+from fullrank.training.finetune_tasks import Task
+from fullrank.training.lm_trainer import LMTrainer, SeededOrder
+
+_WEIGHTS = "trained.safetensors"
+
+
+class FinetuneTrainer(LMTrainer):
+    """The trainer.
+
+    Parameters
+    ----------
+    task
+        What is trained.
+    """
+
+    def __init__(self, *, task: Task, **arguments: Any) -> None:
+        self._task = task
+        super().__init__(train_dataset=task.rows, **arguments)
+        # An encoder's loss is ours, a mean over its batch.
+        self._own_loss = task.network is not task.base
+        if self._own_loss:
+            self.model_accepts_loss_kwargs = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that depends on the seed and the epoch only."""
+        rows: Any = self._task.rows
+        size = min(self.args.train_batch_size, len(rows))
+        order = SeededOrder(rows, self.args.seed)
+        loader: DataLoader[Any] = DataLoader(
+            rows, size, sampler=order, drop_last=True, collate_fn=self._task.collate
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def tokens_of(self, inputs: Any) -> int:
+        """Tokens that are trained on in a batch."""
+        return self._task.tokens(inputs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Run the forward pass in the type that was chosen."""
+        if not self._own_loss:
+            return super().compute_loss(model, inputs, *args, **options)
+        device = inputs["labels"].device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+            return self._task.loss(model, inputs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what training changes: trained weights, and buffers such as a router's bias.
+
+        The rest is the base's, which a run begins with anyway. PEFT's own files would not do:
+        some adapters are converted when they are saved.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in _changing(model).items()}
+        save_file(tensors, folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+        there = _changing(model or self.model)
+        if saved.keys() != there.keys() or any(saved[n].shape != t.shape for n, t in there.items()):
+            raise StoreError(
+                f"{resume_from_checkpoint} is of a model with other trained layers; train with "
+                "resume=False (--fresh) to start again"
+            )
+        with torch.no_grad():
+            for name, tensor in there.items():
+                tensor.copy_(saved[name])
+
+
+def _changing(model: Any) -> dict[str, torch.Tensor]:
+    """Trained parameters, and all buffers that belong to the model's state, tied ones once."""
+    state = model.state_dict(keep_vars=True)
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        trained = tensor.requires_grad if isinstance(tensor, torch.nn.Parameter) else True
+        if trained and id(tensor) not in seen and isinstance(tensor, torch.Tensor):
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
