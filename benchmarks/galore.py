@@ -18,14 +18,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import multiprocessing
 import statistics
 import sys
 import time
 import types
-from pathlib import Path
 
 import torch
+from own_process import in_own_process, memory_status, reset_peak
 
 from fullrank.core import Table
 from fullrank.optim import GaLoreAdamW, state_bytes
@@ -153,41 +152,18 @@ def measure(rank: int, shapes, rounds: int, normal: int) -> dict[str, dict]:
     return result
 
 
-def peak_memory(name: str, rank: int, shapes, sender) -> None:
+def peak_memory(name: str, rank: int, shapes) -> int:
     """Bytes that three steps of one contestant add to the process at their peak."""
     torch.set_num_threads(1)
     weights, gradients = matrices(shapes, 1)
     for weight, grad in zip(weights, gradients[0], strict=True):
         weight.grad = grad
     optimizer = contestants(rank, 2)[name](weights)
-    _reset_peak()
-    before = _status("VmRSS")
+    reset_peak()
+    before = memory_status("VmRSS")
     for _ in range(3):
         optimizer.step()
-    sender.send(_status("VmHWM") - before)
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def in_own_process(name: str, rank: int, shapes) -> int | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=peak_memory, args=(name, rank, shapes, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    return memory_status("VmHWM") - before
 
 
 def main() -> None:
@@ -204,6 +180,7 @@ def main() -> None:
         print("galore-torch is not installed: its rows are missing.", file=sys.stderr)
         print("    pip install --no-deps galore-torch transformers", file=sys.stderr)
 
+    on_linux = sys.platform.startswith("linux")
     found = measure(args.rank, shapes, args.rounds, args.steps)
     products = found.pop("products")["normal"]
     amortised = {name: (f["refresh"] + (GAP - 1) * f["normal"]) / GAP for name, f in found.items()}
@@ -216,7 +193,7 @@ def main() -> None:
             amortised[name],
             *(amortised[name] / amortised[peer] if peer in found else None for peer in peers),
             f["state"],
-            in_own_process(name, args.rank, shapes),
+            in_own_process(peak_memory, name, args.rank, shapes) if on_linux else None,
         ]
         for name, f in found.items()
     ]

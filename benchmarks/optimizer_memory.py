@@ -13,19 +13,15 @@ layer, used and freed one by one. What the census has above that are arrays to w
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from galore import _reset_peak, _status
+from own_process import in_own_process, memory_status, reset_peak
 from tiny_lm import TinyLM, loss_of
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
+from fullrank.bench.memory import Census
 from fullrank.core import Table
 from fullrank.optim import (
     FiraAdamW,
@@ -37,40 +33,6 @@ from fullrank.optim import (
     step_per_layer,
 )
 from fullrank.optim.memory import human_bytes
-
-
-class Census(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most since :meth:`restart`."""
-
-    def __init__(self, *tensors: torch.Tensor) -> None:
-        super().__init__()
-        self.known = WeakIdKeyDictionary()
-        self.alive = self.most = 0
-        for tensor in tensors:
-            self.see(tensor)
-
-    def restart(self) -> None:
-        self.most = self.alive
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
-        return found
-
-    def see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self.known:
-            return
-        size = storage.nbytes()
-        self.known[storage] = size
-        weakref.finalize(storage, self._gone, size)
-        self.alive += size
-        self.most = max(self.most, self.alive)
-
-    def _gone(self, size: int) -> None:
-        self.alive -= size
 
 
 @dataclass
@@ -112,8 +74,8 @@ def measure(name: str, args: argparse.Namespace, census: bool) -> dict[str, floa
     torch.manual_seed(0)
     contestant = contestants(args.rank, gap=3)[name]
     x = torch.randint(0, 256, (args.batch, 65))
-    _reset_peak()
-    before = _status("VmRSS")
+    reset_peak()
+    before = memory_status("VmRSS")
     model = TinyLM(args.width, args.layers)
     optimizer = contestant.make(model)
     handle = step_per_layer(optimizer) if contestant.per_layer else None
@@ -127,15 +89,15 @@ def measure(name: str, args: argparse.Namespace, census: bool) -> dict[str, floa
     for _ in range(3):
         step()
     if not census:
-        _reset_peak()
+        reset_peak()
         for _ in range(4):
             step()
-        return {"resident": _status("VmHWM") - before}
+        return {"resident": memory_status("VmHWM") - before}
     weights = list(model.parameters())
     found = {"state": state_bytes(optimizer), "weights": size_of(weights)}
     # Not kept in a variable: a refresh replaces some of them.
     state = (value for each in optimizer.state.values() for value in each.values())
-    with Census(*weights, *state, x) as mode:
+    with Census([*weights, *state, x]) as mode:
         mode.restart()
         for _ in range(4):
             step()
@@ -153,28 +115,12 @@ def of_passes(args: argparse.Namespace, frees: bool) -> dict[str, float]:
     if frees:
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with Census(*model.parameters(), x) as mode:
+    with Census([*model.parameters(), x]) as mode:
         for _ in range(2):
             mode.restart()
             loss_of(model, x).backward()
             model.zero_grad()
         return {"passes": mode.most - size_of(model.parameters())}
-
-
-def _send(sender, work, *arguments) -> None:
-    sender.send(work(*arguments))
-
-
-def in_own_process(work, *arguments) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, *arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from fullrank.bench.memory import Census
 from fullrank.bench.runs import Job, Result
 from fullrank.bench.sizes import Size
 from fullrank.bench.timing import Stopwatch, interleaved_times, stopwatch
-from fullrank.core.errors import InputError
+from fullrank.core.errors import DivergedError, InputError
 from fullrank.datasets.texts import Texts, read_texts
 from fullrank.optim import state_bytes
 from fullrank.training.lm import train_lm
@@ -95,9 +95,7 @@ def _train(settings: Mapping[str, Any]) -> Result:
     run = LMTraining.of(settings["run"])
     try:
         trained = train_lm(run, texts=texts, progress=False)
-    except InputError as error:
-        if "diverged" not in str(error):
-            raise
+    except DivergedError as error:
         return {"loss": None, "why": str(error)}
     history = trained.history
     curve = [[e.step, e.metric] for e in history.evaluations]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fullrank.core.errors import InputError, StoreError
-from fullrank.retrieval.index_lock import write_lock
+from fullrank.core.locking import write_lock
 
 Result = dict[str, Any]
 """What a run found, as JSON values."""
