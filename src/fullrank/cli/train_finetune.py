@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 
-from fullrank.cli.train_lm import _optimizers
+from fullrank.cli.train_options import (
+    Fresh,
+    Optimizers,
+    changes,
+    folder,
+    out_folder,
+    settings,
+    shows,
+)
 
 EXAMPLE = """\
 # fullrank train finetune run.yaml --out tuned
@@ -37,56 +44,27 @@ loop:
 """
 
 
-def _example(wanted: bool) -> None:
-    if wanted:
-        typer.echo(EXAMPLE, nl=False)
-        raise typer.Exit
+def _adapters() -> str:
+    from fullrank.adapters.adapt_methods import METHODS
 
-
-def _adapters(wanted: bool) -> None:
-    if wanted:
-        from fullrank.adapters.adapt_methods import METHODS
-
-        for name, method in METHODS.items():
-            needs = "" if method.needs == "nothing" else f" (starts from {method.needs})"
-            typer.echo(f"{name:14}{method.title}{needs}")
-        typer.echo(f"{'full':14}no adapter: every weight is trained")
-        raise typer.Exit
+    needs = {
+        n: "" if m.needs == "nothing" else f" (starts from {m.needs})" for n, m in METHODS.items()
+    }
+    lines = [f"{name:14}{method.title}{needs[name]}" for name, method in METHODS.items()]
+    return "\n".join([*lines, f"{'full':14}no adapter: every weight is trained"])
 
 
 def finetune(
-    config: Annotated[
-        Path, typer.Argument(help="YAML or TOML file: model, data, adapter, optimizer, loop.")
-    ],
-    changes: Annotated[
+    config: Annotated[Path, settings("model", "data", "adapter", "optimizer", "loop")],
+    overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value, e.g. adapter.method=lora_ga loop.steps=200."),
+        changes("adapter.method=lora_ga loop.steps=200"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="New folder for the adapter; the same command goes on where it stopped."),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")
-    ] = False,
-    example: Annotated[
-        bool,
-        typer.Option(
-            "--example", help="Print a file to start from.", callback=_example, is_eager=True
-        ),
-    ] = False,
-    adapters: Annotated[
-        bool,
-        typer.Option(
-            "--adapters", help="Print the adapters' names.", callback=_adapters, is_eager=True
-        ),
-    ] = False,
-    optimizers: Annotated[
-        bool,
-        typer.Option(
-            "--optimizers", help="Print the optimizers' names.", callback=_optimizers, is_eager=True
-        ),
-    ] = False,
+    out: Annotated[Path | None, folder("the adapter")] = None,
+    fresh: Fresh = False,
+    example: Annotated[bool, shows("--example", "a file to start from", lambda: EXAMPLE)] = False,
+    adapters: Annotated[bool, shows("--adapters", "the adapters' names", _adapters)] = False,
+    optimizers: Optimizers = False,
 ) -> None:
     """Fine-tune a language model, a classifier or an encoder with any adapter and optimizer.
 
@@ -96,9 +74,8 @@ def finetune(
     from fullrank.training.finetune import finetune as tune
     from fullrank.training.finetune_config import FULL, FinetuneRun
 
-    run = FinetuneRun.read(config, changes or [])
-    if out is None:
-        out = Path(config.stem)
+    run = FinetuneRun.read(config, overrides or [])
+    out = out_folder(out, config)
     tuned = tune(run, out=out, resume=not fresh)
     console = Console()
     console.print(tuned.history.table())

@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+
+from fullrank.cli.train_options import (
+    Fresh,
+    Optimizers,
+    changes,
+    folder,
+    out_folder,
+    settings,
+    shows,
+)
 
 EXAMPLE = """\
 # fullrank train lm run.yaml --out run
@@ -37,47 +46,16 @@ loop:
 """
 
 
-def _example(wanted: bool) -> None:
-    if wanted:
-        typer.echo(EXAMPLE, nl=False)
-        raise typer.Exit
-
-
-def _optimizers(wanted: bool) -> None:
-    if wanted:
-        from fullrank.training import optimizer_names
-
-        typer.echo("\n".join(optimizer_names()))
-        raise typer.Exit
-
-
 def lm(
-    config: Annotated[
-        Path, typer.Argument(help="YAML or TOML file: model, data, optimizer, loop.")
-    ],
-    changes: Annotated[
+    config: Annotated[Path, settings("model", "data", "optimizer", "loop")],
+    overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value, e.g. optimizer.name=fira_adamw loop.steps=200."),
+        changes("optimizer.name=fira_adamw loop.steps=200"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="New folder for the model; the same command goes on where it stopped."),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")
-    ] = False,
-    example: Annotated[
-        bool,
-        typer.Option(
-            "--example", help="Print a file to start from.", callback=_example, is_eager=True
-        ),
-    ] = False,
-    optimizers: Annotated[
-        bool,
-        typer.Option(
-            "--optimizers", help="Print the optimizers' names.", callback=_optimizers, is_eager=True
-        ),
-    ] = False,
+    out: Annotated[Path | None, folder("the model")] = None,
+    fresh: Fresh = False,
+    example: Annotated[bool, shows("--example", "a file to start from", lambda: EXAMPLE)] = False,
+    optimizers: Optimizers = False,
 ) -> None:
     """Pre-train or fine-tune a causal language model with any optimizer.
 
@@ -86,9 +64,8 @@ def lm(
     """
     from fullrank.training import LMTraining, train_lm
 
-    run = LMTraining.read(config, changes or [])
-    if out is None:
-        out = Path(config.stem)
+    run = LMTraining.read(config, overrides or [])
+    out = out_folder(out, config)
     trained = train_lm(run, out=out, resume=not fresh)
     console = Console()
     console.print(trained.history.table())

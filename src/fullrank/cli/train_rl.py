@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
+
+from fullrank.cli.train_options import (
+    changes,
+    folder,
+    out_folder,
+    settings,
+    shows,
+)
 
 EXAMPLE = """\
 # fullrank train rl run.yaml --out run
@@ -43,30 +50,14 @@ loop:
 """
 
 
-def _example(wanted: bool) -> None:
-    if wanted:
-        typer.echo(EXAMPLE, nl=False)
-        raise typer.Exit
-
-
 def rl(
-    config: Annotated[
-        Path, typer.Argument(help="YAML or TOML file: model, data, reward, trainer, loop.")
-    ],
-    changes: Annotated[
+    config: Annotated[Path, settings("model", "data", "reward", "trainer", "loop")],
+    overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value, e.g. trainer.method=grpo loop.steps=200."),
+        changes("trainer.method=grpo loop.steps=200"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="New folder for the run; the same command goes on where it stopped."),
-    ] = None,
-    example: Annotated[
-        bool,
-        typer.Option(
-            "--example", help="Print a file to start from.", callback=_example, is_eager=True
-        ),
-    ] = False,
+    out: Annotated[Path | None, folder("the run")] = None,
+    example: Annotated[bool, shows("--example", "a file to start from", lambda: EXAMPLE)] = False,
 ) -> None:
     """Train a language model from rewards: GRPO or RLOO, with VERL's shaping or without.
 
@@ -76,9 +67,8 @@ def rl(
     from fullrank.training.rl import train_rl
     from fullrank.training.rl_config import RLRun
 
-    run = RLRun.read(config, changes or [])
-    if out is None:
-        out = Path(config.stem)
+    run = RLRun.read(config, overrides or [])
+    out = out_folder(out, config)
     trained = train_rl(run, out)
     console = Console()
     console.print(trained.table())

@@ -8,25 +8,20 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_sentence_transformer
-from fullrank.core.progress import progress as progress_bar
 from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
 from fullrank.training.config import EncoderTraining
 from fullrank.training.dev import DevSet, training_parts
+from fullrank.training.fit import Pace, Parts, fit
 from fullrank.training.history import TrainingHistory
-from fullrank.training.interrupt import Interrupt
-from fullrank.training.optimizers import build_optimizer, measure_state
+from fullrank.training.optimizers import build_optimizer
 from fullrank.training.pairs import TrainingPairs, make_pairs
-from fullrank.training.processes import Processes, SharedClock
+from fullrank.training.processes import Processes
 from fullrank.training.quiet import (
     own_randomness,
     precision_of,
@@ -41,7 +36,6 @@ from fullrank.training.results import (
     load_result,
     save_result,
 )
-from fullrank.training.schedule import TimeBox
 
 if TYPE_CHECKING:
     from fullrank.datasets import Dataset
@@ -173,29 +167,24 @@ class _Training:
 
     def run(self, progress: bool) -> TrainedEncoder:
         """Train, keep the best weights, count memory."""
-        from fullrank.training.loop import load_weights, run
-
         config, model = self.config, self.model
-        on_cpu = model.device.type == "cpu"
-        with ExitStack() as stack:
-            stack.enter_context(
-                training_form(
-                    model,
-                    freeze_embeddings=config.freeze_embeddings,
-                    dropout=config.dropout,
-                    plain_attention=on_cpu,
-                )
+        form = training_form(
+            model,
+            freeze_embeddings=config.freeze_embeddings,
+            dropout=config.dropout,
+            plain_attention=model.device.type == "cpu",
+        )
+        with form:
+            fitted = fit(
+                self._parts(),
+                Pace.of(config, steps=self.steps),
+                identity=self.identity,
+                folder=self.folder,
+                processes=Processes(),
+                device=model.device,
+                progress=progress,
             )
-            workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            interrupt = stack.enter_context(Interrupt(self.folder is not None))
-            clock = SharedClock(Processes(), model.device, lambda: interrupt.wanted)
-            advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
-            trainer, loop, checkpoint = self._trainer(workplace, advance, clock)
-            run(trainer, loop, checkpoint, clock)
-            self.interrupted = interrupt.wanted
-            memory = measure_state(trainer.optimizer, model, config.optimizer, loop.peak)
-            load_weights(model, loop.best)
-            model.zero_grad(set_to_none=True)
+        self.interrupted = fitted.interrupted
         model.eval()
         data = {
             "pairs": len(self.pairs),
@@ -206,25 +195,10 @@ class _Training:
             "dev_documents": len(self.dev.documents),
             "dev_sampled": len(self.dev.documents) < len(self.pairs.corpus),
         }
-        return TrainedEncoder(model, loop.history, memory, config, data, self.folder)
+        return TrainedEncoder(model, fitted.history, fitted.memory, config, data, self.folder)
 
-    def _trainer(
-        self, workplace: Path, advance: Callable[[int], None], clock: SharedClock
-    ) -> tuple[Any, Any, Path | None]:
-        """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
-        from sentence_transformers import SentenceTransformerTrainingArguments
-        from sentence_transformers.sentence_transformer.data_collator import (
-            SentenceTransformerDataCollator,
-        )
-
-        from fullrank.retrieval import Encoder
-        from fullrank.training.loop import Loop, continue_from, quiet_arguments
-        from fullrank.training.trainer import EncoderTrainer, PairSampler
-
+    def _parts(self) -> Parts:
         config, model = self.config, self.model
-        box = TimeBox(
-            self.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
-        )
         loss = MaskedRankingLoss(
             model,
             self.pairs.forbidden,
@@ -232,21 +206,28 @@ class _Training:
             chunk=_CHUNK if model.device.type == "cpu" else None,
             autocast=precision_of(config.precision, model.device),
         )
-        loop = Loop(
-            box,
+        return Parts(
+            model,
             self.dev.measure,
             TrainingHistory(self.dev.name, select=config.select),
             loss,
-            evaluations=config.evaluations,
-            patience=config.patience,
-            saves=self.folder is not None,
-            advance=advance,
-            clock=clock,
+            lambda: build_optimizer(model, config),
+            config.optimizer,
+            lambda **given: self._trainer(loss, **given),
         )
-        checkpoint = continue_from(loop, workplace, self.identity)
+
+    def _trainer(self, loss: MaskedRankingLoss, workplace: Path, **given: Any) -> Any:
+        from sentence_transformers import SentenceTransformerTrainingArguments
+        from sentence_transformers.sentence_transformer.data_collator import (
+            SentenceTransformerDataCollator,
+        )
+
+        from fullrank.retrieval import Encoder
+        from fullrank.training.loop import quiet_arguments
+        from fullrank.training.trainer import EncoderTrainer, PairSampler
+
+        config, model = self.config, self.model
         encoder = Encoder(model)
-        optimizer = build_optimizer(model, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: box.factor(step))
         arguments = quiet_arguments(
             SentenceTransformerTrainingArguments,
             workplace,
@@ -258,9 +239,7 @@ class _Training:
             batch_sampler=PairSampler,
             dataloader_drop_last=self.drop_last,
         )
-        trainer = EncoderTrainer(
-            loop=loop,
-            identity=self.identity,
+        return EncoderTrainer(
             model=model,
             args=arguments,
             train_dataset=self._columns(),
@@ -270,9 +249,8 @@ class _Training:
                 prompts=self._prompts(encoder),
                 max_length=min(config.max_tokens, encoder.max_tokens),
             ),
-            optimizers=(optimizer, schedule),
+            **given,
         )
-        return trainer, loop, checkpoint
 
     def _columns(self) -> Any:
         """Pairs as the trainer's data set: one column of texts each, and their rows as labels."""

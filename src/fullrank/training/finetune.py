@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +11,16 @@ import torch
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
 from fullrank.core.plan import RankPlan
-from fullrank.core.progress import progress as progress_bar
-from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
+from fullrank.training.checkpoints import weights_digest
 from fullrank.training.finetune_config import FULL, FinetuneRun
 from fullrank.training.finetune_tasks import Task, make_task
+from fullrank.training.fit import Pace, Parts, TokenCounter, carried_out, fit
 from fullrank.training.history import TrainingHistory
-from fullrank.training.interrupt import Interrupt
 from fullrank.training.lm_optimizers import make_optimizer
-from fullrank.training.optimizers import StateMemory, measure_state
-from fullrank.training.processes import Processes, SharedClock
-from fullrank.training.quiet import own_randomness, precision_of, quiet_libraries
-from fullrank.training.results import RESULT, checked_folder, put_in_place, read_result, versions
-from fullrank.training.schedule import TimeBox
+from fullrank.training.optimizers import StateMemory
+from fullrank.training.processes import Processes
+from fullrank.training.quiet import precision_of
+from fullrank.training.results import put_in_place, read_result, versions
 
 
 @dataclass(frozen=True)
@@ -135,22 +129,12 @@ def finetune(
     """
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
-    folder = None if out is None else checked_folder(Path(out))
-    processes = Processes()
-    with quiet_libraries(), own_randomness():
-        training = _Finetuning(config, data, folder, processes)
-        with processes.main_first() as main:
-            if main and folder is not None and not resume:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-                (folder / RESULT).unlink(missing_ok=True)
-        if folder is not None and (folder / RESULT).is_file():
-            return training.finished(folder)
-        tuned = training.run(progress and processes.main)
-        with processes.main_first() as main:
-            if main and folder is not None:
-                _save(tuned, folder, training.task, training.identity)
-    if training.interrupted:
-        raise KeyboardInterrupt
+    tuned: Finetuned = carried_out(
+        lambda folder, processes: _Finetuning(config, data, folder, processes),
+        out,
+        progress=progress,
+        resume=resume,
+    )
     return tuned
 
 
@@ -195,31 +179,51 @@ class _Finetuning:
 
     def run(self, progress: bool) -> Finetuned:
         """Adapt, train, keep the best weights, count memory."""
-        from fullrank.training.loop import load_weights, run
-
-        with ExitStack() as stack:
-            stack.enter_context(self.task.form())
+        with self.task.form():
             tuned = self._adapted(progress)
             # The adapter's layers are inside an encoder; other models are run through PEFT's.
             model = self.task.network if self.task.network is not self.task.base else tuned
-            workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            interrupt = stack.enter_context(Interrupt(self.folder is not None))
-            clock = SharedClock(self.processes, self.device, lambda: interrupt.wanted)
-            advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
-            trainer, loop, checkpoint = self._trainer(model, workplace, advance, clock)
-            run(trainer, loop, checkpoint, clock)
-            self.interrupted = interrupt.wanted
-            memory = measure_state(trainer.optimizer, model, self.config.optimizer.name, loop.peak)
-            load_weights(model, loop.best)
-            model.zero_grad(set_to_none=True)
+            fitted = fit(
+                self._parts(model),
+                Pace.of(self.config.loop),
+                identity={**self.identity, **self.start},
+                folder=self.folder,
+                processes=self.processes,
+                device=self.device,
+                progress=progress,
+            )
+            self.interrupted = fitted.interrupted
             counts = {
                 **self.task.counts,
                 "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
+        history, memory = fitted.history, fitted.memory
         return Finetuned(
-            model.eval(), tuned, loop.history, memory, self.config, counts, self.layers, self.folder
+            model.eval(), tuned, history, memory, self.config, counts, self.layers, self.folder
         )
+
+    def save(self, tuned: Finetuned, folder: Path) -> None:
+        """Put adapter (or model), tokenizer and curves in place, then say that they are whole."""
+        from fullrank.training.lm_report import write_log, write_plot
+
+        section = self.config.adapter
+
+        def write(staging: Path) -> None:
+            if section.method == FULL:
+                self.task.save_base(staging)
+            elif section.as_lora:
+                from fullrank.adapters import save_as_lora
+
+                save_as_lora(tuned.tuned, staging)
+            else:
+                tuned.tuned.save_pretrained(str(staging))
+            self.task.save_rest(staging)
+            write_log(tuned.history, staging)
+            write_plot(tuned.history, staging)
+
+        values = {**tuned.to_json(), "identity": self.identity}
+        put_in_place(folder, write, values, last=_needed(self.config))
 
     def _adapted(self, progress: bool) -> Any:
         """Put the adapter on; the same again when a run goes on."""
@@ -257,50 +261,31 @@ class _Finetuning:
         self.start = {"start of the adapter": weights_digest(frozen)}
         return tuned
 
-    def _trainer(
-        self, model: Any, workplace: Path, advance: Callable[[int], None], clock: SharedClock
-    ) -> tuple[Any, Any, Path | None]:
-        """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
-        from fullrank.training.finetune_trainer import FinetuneTrainer
-        from fullrank.training.lm_trainer import arguments
-        from fullrank.training.loop import Loop, continue_from
+    def _parts(self, model: Any) -> Parts:
+        task, counted = self.task, TokenCounter()
 
-        config, task = self.config.loop, self.task
-        box = TimeBox(
-            config.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
-        )
-        counted = _Tokens()
-        loop = Loop(
-            box,
+        def trainer(workplace: Path, **given: Any) -> Any:
+            from fullrank.training.finetune_trainer import FinetuneTrainer
+            from fullrank.training.lm_trainer import arguments
+
+            return FinetuneTrainer(
+                task=task,
+                counted=counted,
+                autocast=task.autocast,
+                model=model,
+                args=arguments(self.config.loop, workplace, self.device),
+                **given,
+            )
+
+        return Parts(
+            model,
             task.measure,
             TrainingHistory(task.metric, lower_is_better=task.lower_is_better),
             counted,
-            evaluations=config.evaluations,
-            patience=config.patience,
-            saves=self.folder is not None,
-            advance=advance,
-            clock=clock,
+            lambda: make_optimizer(model, self.config.optimizer),
+            self.config.optimizer.name,
+            trainer,
         )
-        identity = {**self.identity, **self.start}
-        checkpoint = continue_from(loop, workplace, identity)
-        optimizer = make_optimizer(model, self.config.optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, box.factor)
-        trainer = FinetuneTrainer(
-            task=task,
-            loop=loop,
-            identity=identity,
-            counted=counted,
-            autocast=task.autocast,
-            model=model,
-            args=arguments(config, workplace, self.device),
-            optimizers=(optimizer, schedule),
-        )
-        return trainer, loop, checkpoint
-
-
-@dataclass
-class _Tokens:
-    tokens: int = 0
 
 
 def _check_adapter(config: FinetuneRun) -> None:
@@ -323,29 +308,6 @@ def _again(task: Task, source: str) -> Any:
         if task.network is task.base
         else (type(task.network)(source, device=str(task.network.device)))
     )
-
-
-def _save(tuned: Finetuned, folder: Path, task: Task, identity: dict[str, Any]) -> None:
-    """Put adapter (or model), tokenizer and curves in place, then say that they are whole."""
-    from fullrank.training.lm_report import write_log, write_plot
-
-    section = tuned.config.adapter
-
-    def write(staging: Path) -> None:
-        if section.method == FULL:
-            task.save_base(staging)
-        elif section.as_lora:
-            from fullrank.adapters import save_as_lora
-
-            save_as_lora(tuned.tuned, staging)
-        else:
-            tuned.tuned.save_pretrained(str(staging))
-        task.save_rest(staging)
-        write_log(tuned.history, staging)
-        write_plot(tuned.history, staging)
-
-    values = {**tuned.to_json(), "identity": identity}
-    put_in_place(folder, write, values, last=_needed(tuned.config))
 
 
 def _needed(config: FinetuneRun) -> str:

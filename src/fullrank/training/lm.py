@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +11,17 @@ from typing import Any
 import torch
 
 from fullrank.core.errors import InputError, require
-from fullrank.core.progress import progress as progress_bar
 from fullrank.datasets.texts import Texts, read_texts
-from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
+from fullrank.training.checkpoints import weights_digest
+from fullrank.training.fit import Pace, Parts, TokenCounter, carried_out, fit
 from fullrank.training.history import TrainingHistory
-from fullrank.training.interrupt import Interrupt
 from fullrank.training.lm_config import LMTraining
 from fullrank.training.lm_data import BYTES, LMData, bits_per_byte, load_lm, read_tokenizer
 from fullrank.training.lm_optimizers import make_optimizer
-from fullrank.training.optimizers import StateMemory, measure_state
-from fullrank.training.processes import Processes, SharedClock
-from fullrank.training.quiet import own_randomness, precision_of, quiet_libraries
-from fullrank.training.results import (
-    RESULT,
-    checked_folder,
-    put_in_place,
-    read_result,
-    versions,
-)
-from fullrank.training.schedule import TimeBox
+from fullrank.training.optimizers import StateMemory
+from fullrank.training.processes import Processes
+from fullrank.training.quiet import precision_of
+from fullrank.training.results import put_in_place, read_result, versions
 
 METRIC = "bits per byte"
 
@@ -138,22 +127,12 @@ def train_lm(
     """
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
-    folder = None if out is None else checked_folder(Path(out))
-    processes = Processes()
-    with quiet_libraries(), own_randomness():
-        training = _Training(config, texts, folder, processes)
-        with processes.main_first() as main:
-            if main and folder is not None and not resume:
-                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-                (folder / RESULT).unlink(missing_ok=True)
-        if folder is not None and (folder / RESULT).is_file():
-            return training.finished(folder)
-        trained = training.run(progress and processes.main)
-        with processes.main_first() as main:
-            if main and folder is not None:
-                _save(trained, folder, training.identity)
-    if training.interrupted:
-        raise KeyboardInterrupt
+    trained: TrainedLM = carried_out(
+        lambda folder, processes: _Training(config, texts, folder, processes),
+        out,
+        progress=progress,
+        resume=resume,
+    )
     return trained
 
 
@@ -193,34 +172,38 @@ class _Training:
 
     def run(self, progress: bool) -> TrainedLM:
         """Train, keep the best weights, count memory."""
-        from fullrank.training.loop import load_weights, run
-
-        model = self.model
-        with ExitStack() as stack:
-            workplace = self.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            interrupt = stack.enter_context(Interrupt(self.folder is not None))
-            clock = SharedClock(self.processes, self.device, lambda: interrupt.wanted)
-            advance = stack.enter_context(progress_bar("train", 100, progress, unit="%"))
-            trainer, loop, checkpoint = self._trainer(model, workplace, advance, clock)
-            if self.config.optimizer.per_layer:
-                from fullrank.optim import step_per_layer
-
-                hooks = step_per_layer(trainer.optimizer, self.config.loop.accumulation)
-                stack.enter_context(hooks)
-            run(trainer, loop, checkpoint, clock)
-            self.interrupted = interrupt.wanted
-            memory = measure_state(trainer.optimizer, model, self.config.optimizer.name, loop.peak)
-        load_weights(model, loop.best)
-        model.zero_grad(set_to_none=True)
+        fitted = fit(
+            self._parts(),
+            Pace.of(self.config.loop),
+            identity=self.identity,
+            folder=self.folder,
+            processes=self.processes,
+            device=self.device,
+            progress=progress,
+        )
+        self.interrupted = fitted.interrupted
         return TrainedLM(
-            model.eval(),
+            self.model.eval(),
             self.tokenizer,
-            loop.history,
-            memory,
+            fitted.history,
+            fitted.memory,
             self.config,
-            self._counts(model),
+            self._counts(self.model),
             self.folder,
         )
+
+    def save(self, trained: TrainedLM, folder: Path) -> None:
+        """Put model, tokenizer and curves in place, then say that they are whole."""
+        from fullrank.training.lm_report import write_log, write_plot
+
+        def write(staging: Path) -> None:
+            trained.model.save_pretrained(str(staging))
+            trained.tokenizer.save_pretrained(str(staging))
+            write_log(trained.history, staging)
+            write_plot(trained.history, staging)
+
+        values = {**trained.to_json(), "identity": self.identity}
+        put_in_place(folder, write, values, last="config.json")
 
     @functools.cached_property
     def model(self) -> Any:
@@ -237,49 +220,45 @@ class _Training:
             model.gradient_checkpointing_enable()
         return model.to(self.device)
 
-    def _trainer(
-        self, model: Any, workplace: Path, advance: Callable[[int], None], clock: SharedClock
-    ) -> tuple[Any, Any, Path | None]:
-        """Put the parts together; return trainer, our callback and the checkpoint to go on from."""
-        from fullrank.training.lm_trainer import LMTrainer, arguments
-        from fullrank.training.loop import Loop, continue_from
-
-        config = self.config.loop
-        autocast = precision_of(config.precision, model.device)
-        box = TimeBox(
-            config.steps, config.seconds, warmup=config.warmup, decay=config.decay, clock=clock
-        )
-        counted = _Tokens()
+    def _parts(self) -> Parts:
+        config, model = self.config, self.model
+        autocast = precision_of(config.loop.precision, model.device)
+        counted = TokenCounter()
 
         def measure(model: Any) -> tuple[float, None]:
-            size = 4 * config.batch_size
+            size = 4 * config.loop.batch_size
             return bits_per_byte(model, self.data, size, autocast, self.processes), None
 
-        loop = Loop(
-            box,
+        def trainer(workplace: Path, **given: Any) -> Any:
+            from fullrank.training.lm_trainer import LMTrainer, arguments
+
+            return LMTrainer(
+                counted=counted,
+                autocast=autocast,
+                model=model,
+                args=arguments(config.loop, workplace, model.device),
+                train_dataset=self.data.train,
+                **given,
+            )
+
+        return Parts(
+            model,
             measure,
             TrainingHistory(METRIC, lower_is_better=True),
             counted,
-            evaluations=config.evaluations,
-            patience=config.patience,
-            saves=self.folder is not None,
-            advance=advance,
-            clock=clock,
+            lambda: make_optimizer(model, config.optimizer),
+            config.optimizer.name,
+            trainer,
+            self._stepping,
         )
-        checkpoint = continue_from(loop, workplace, self.identity)
-        optimizer = make_optimizer(model, self.config.optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, box.factor)
-        trainer = LMTrainer(
-            loop=loop,
-            identity=self.identity,
-            counted=counted,
-            autocast=autocast,
-            model=model,
-            args=arguments(config, workplace, model.device),
-            train_dataset=self.data.train,
-            optimizers=(optimizer, schedule),
-        )
-        return trainer, loop, checkpoint
+
+    def _stepping(self, optimizer: Any) -> AbstractContextManager[Any]:
+        """A step a layer in the backward pass, where that is wanted."""
+        if not self.config.optimizer.per_layer:
+            return nullcontext()
+        from fullrank.optim import step_per_layer
+
+        return step_per_layer(optimizer, self.config.loop.accumulation)
 
     def _counts(self, model: Any) -> dict[str, Any]:
         return {
@@ -291,22 +270,3 @@ class _Training:
             "bytes_per_token": self.data.bytes_per_token,
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-
-
-@dataclass
-class _Tokens:
-    tokens: int = 0
-
-
-def _save(trained: TrainedLM, folder: Path, identity: dict[str, Any]) -> None:
-    """Put model, tokenizer and curves in place, then say that they are whole."""
-    from fullrank.training.lm_report import write_log, write_plot
-
-    def write(staging: Path) -> None:
-        trained.model.save_pretrained(str(staging))
-        trained.tokenizer.save_pretrained(str(staging))
-        write_log(trained.history, staging)
-        write_plot(trained.history, staging)
-
-    values = {**trained.to_json(), "identity": identity}
-    put_in_place(folder, write, values, last="config.json")

@@ -1,0 +1,52 @@
+"""Options that the commands of `fullrank train` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")]
+
+
+def settings(*sections: str) -> Any:
+    """The file of settings, with these sections."""
+    return typer.Argument(help=f"YAML or TOML file: {', '.join(sections)}.")
+
+
+def changes(example: str) -> Any:
+    """What is changed of the file."""
+    return typer.Argument(help=f"section.key=value, e.g. {example}.")
+
+
+def folder(what: str) -> Any:
+    """Where the result goes."""
+    return typer.Option(help=f"New folder for {what}; the same command goes on where it stopped.")
+
+
+def shows(flag: str, what: str, text: Callable[[], str]) -> Any:
+    """An option that prints a text and does nothing else."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            typer.echo(text().rstrip("\n"))
+            raise typer.Exit
+
+    return typer.Option(flag, help=f"Print {what}.", callback=show, is_eager=True)
+
+
+def optimizer_list() -> str:
+    """One optimizer's name a line."""
+    from fullrank.training import optimizer_names
+
+    return "\n".join(optimizer_names())
+
+
+Optimizers = Annotated[bool, shows("--optimizers", "the optimizers' names", optimizer_list)]
+
+
+def out_folder(out: Path | None, config: Path) -> Path:
+    """Name the folder after the file of settings where no other name is given."""
+    return Path(config.stem) if out is None else out
