@@ -94,6 +94,29 @@ def test_every_optimizer_goes_on_bit_for_bit(name, texts, tmp_path, monkeypatch)
     assert whole.history.evaluations[-1].metric < whole.history.evaluations[0].metric
 
 
+def test_a_run_can_be_watched(texts, tmp_path, monkeypatch):
+    from fullrank.spectra import read_run
+
+    whole = train_lm(run_of(), texts=texts, progress=False)
+    stop_after_five_steps(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train_lm(run_of(), texts=texts, out=tmp_path / "run", progress=False, ranks_every=4)
+    monkeypatch.undo()
+    log = read_run(tmp_path / "run")
+    assert log.stopped == "its trainer"
+    assert 0 < log.last_step < 12
+    assert list(log.measures["loss"]) == list(range(1, log.last_step + 1))
+    parts = train_lm(run_of(), texts=texts, out=tmp_path / "run", progress=False, ranks_every=4)
+    log = read_run(tmp_path / "run")
+    assert log.stopped == "steps"
+    assert list(log.measures["loss"].values()) == [s.loss for s in whole.history.steps]
+    ranks = log.ranks["model.layers.0.mlp.up_proj"]
+    assert {0, 4, 8, 12} <= set(ranks)
+    assert all(1 <= rank <= 16 for rank in ranks.values())
+    # Watching changes nothing.
+    assert same(state(parts.model), state(whole.model))
+
+
 def test_the_folder_loads_with_transformers(texts, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fullrank.cli.train_finetune import finetune
 from fullrank.cli.train_lm import lm
+from fullrank.cli.train_options import Fresh, RanksEvery
 from fullrank.cli.train_rl import rl
 from fullrank.core.errors import InputError
 from fullrank.core.models import DEFAULT_ENCODER, find_model
@@ -85,9 +86,8 @@ def encoder(
         str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of order, negatives and samples.", min=0)] = 0,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")
-    ] = False,
+    fresh: Fresh = False,
+    ranks_every: RanksEvery = 0,
 ) -> None:
     """Fine-tune a dense encoder so that queries find the documents judged relevant to them."""
     from fullrank.training import EncoderTraining, train_encoder
@@ -114,7 +114,9 @@ def encoder(
         raise InputError(f"--rank is GaLore's; {optimizer} has none")
     find_model(model)  # before a long read of documents
     dataset = read_judged(data)
-    trained = train_encoder(model, dataset, config, out=out, resume=not fresh)
+    trained = train_encoder(
+        model, dataset, config, out=out, resume=not fresh, ranks_every=ranks_every
+    )
     console = Console()
     console.print(trained.table())
     console.print(trained.memory.table())

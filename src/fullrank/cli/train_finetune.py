@@ -10,6 +10,7 @@ from rich.console import Console
 from fullrank.cli.train_options import (
     Fresh,
     Optimizers,
+    RanksEvery,
     changes,
     folder,
     out_folder,
@@ -62,6 +63,7 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, folder("the adapter")] = None,
     fresh: Fresh = False,
+    ranks_every: RanksEvery = 0,
     example: Annotated[bool, shows("--example", "a file to start from", lambda: EXAMPLE)] = False,
     adapters: Annotated[bool, shows("--adapters", "the adapters' names", _adapters)] = False,
     optimizers: Optimizers = False,
@@ -76,7 +78,7 @@ def finetune(
 
     run = FinetuneRun.read(config, overrides or [])
     out = out_folder(out, config)
-    tuned = tune(run, out=out, resume=not fresh)
+    tuned = tune(run, out=out, resume=not fresh, ranks_every=ranks_every)
     console = Console()
     console.print(tuned.history.table())
     console.print(tuned.memory.table())

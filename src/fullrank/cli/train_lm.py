@@ -10,6 +10,7 @@ from rich.console import Console
 from fullrank.cli.train_options import (
     Fresh,
     Optimizers,
+    RanksEvery,
     changes,
     folder,
     out_folder,
@@ -54,6 +55,7 @@ def lm(
     ] = None,
     out: Annotated[Path | None, folder("the model")] = None,
     fresh: Fresh = False,
+    ranks_every: RanksEvery = 0,
     example: Annotated[bool, shows("--example", "a file to start from", lambda: EXAMPLE)] = False,
     optimizers: Optimizers = False,
 ) -> None:
@@ -66,7 +68,7 @@ def lm(
 
     run = LMTraining.read(config, overrides or [])
     out = out_folder(out, config)
-    trained = train_lm(run, out=out, resume=not fresh)
+    trained = train_lm(run, out=out, resume=not fresh, ranks_every=ranks_every)
     console = Console()
     console.print(trained.history.table())
     console.print(trained.memory.table())

@@ -10,6 +10,15 @@ import typer
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")]
 
+RanksEvery = Annotated[
+    int,
+    typer.Option(
+        help="Steps between two X-rays of the weights, for `fullrank see run DIR`.",
+        show_default="none",
+        min=0,
+    ),
+]
+
 
 def settings(*sections: str) -> Any:
     """The file of settings, with these sections."""

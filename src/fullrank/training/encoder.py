@@ -54,6 +54,7 @@ def train_encoder(
     dev_metric: Callable[[Any], float] | None = None,
     progress: bool = True,
     resume: bool = True,
+    ranks_every: int = 0,
 ) -> TrainedEncoder:
     """Fine-tune an encoder so that queries lie near the documents judged relevant to them.
 
@@ -83,6 +84,9 @@ def train_encoder(
         Show a bar with the time left.
     resume
         False trains from the start, whatever is in ``out``.
+    ranks_every
+        Steps between two X-rays of the weights, for ``fullrank see run`` to show; 0 for none.
+        They change nothing in the run.
 
     Returns
     -------
@@ -133,7 +137,7 @@ def train_encoder(
         )
         measured = DevSet(dev, dataset.corpus, settings, Encoder(network).max_tokens, dev_metric)
         training = _Training(network, pairs, measured, settings, identity, folder)
-        trained = training.run(progress)
+        trained = training.run(progress, ranks_every)
         if folder is not None:
             save_result(trained, folder, identity)
     if training.interrupted:
@@ -165,7 +169,7 @@ class _Training:
         per_epoch = len(pairs) // batch if self.drop_last else math.ceil(len(pairs) / batch)
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
 
-    def run(self, progress: bool) -> TrainedEncoder:
+    def run(self, progress: bool, ranks_every: int) -> TrainedEncoder:
         """Train, keep the best weights, count memory."""
         config, model = self.config, self.model
         form = training_form(
@@ -183,6 +187,7 @@ class _Training:
                 processes=Processes(),
                 device=model.device,
                 progress=progress,
+                ranks_every=ranks_every,
             )
         self.interrupted = fitted.interrupted
         model.eval()

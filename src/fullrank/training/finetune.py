@@ -82,6 +82,7 @@ def finetune(
     out: str | Path | None = None,
     progress: bool = True,
     resume: bool = True,
+    ranks_every: int = 0,
 ) -> Finetuned:
     """Fine-tune a model as a run's settings say, and keep its best weights.
 
@@ -101,6 +102,9 @@ def finetune(
         Show bars.
     resume
         False trains from the start, whatever is in ``out``.
+    ranks_every
+        Steps between two X-rays of the weights, for ``fullrank see run`` to show; 0 for none.
+        They change nothing in the run.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def finetune(
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
     tuned: Finetuned = carried_out(
-        lambda folder, processes: _Finetuning(config, data, folder, processes),
+        lambda folder, processes: _Finetuning(config, data, folder, processes, ranks_every),
         out,
         progress=progress,
         resume=resume,
@@ -142,9 +146,15 @@ class _Finetuning:
     """One run of the loop."""
 
     def __init__(
-        self, config: FinetuneRun, data: Any, folder: Path | None, processes: Processes
+        self,
+        config: FinetuneRun,
+        data: Any,
+        folder: Path | None,
+        processes: Processes,
+        ranks_every: int,
     ) -> None:
         self.config, self.folder, self.processes = config, folder, processes
+        self.ranks_every = ranks_every
         _check_adapter(config)
         self.device = processes.device(config.loop.device)
         processes.join(self.device)
@@ -191,6 +201,7 @@ class _Finetuning:
                 processes=self.processes,
                 device=self.device,
                 progress=progress,
+                ranks_every=self.ranks_every,
             )
             self.interrupted = fitted.interrupted
             counts = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fullrank.core.progress import progress as progress_bar
+from fullrank.spectra.run_log import EVENTS
 from fullrank.training.checkpoints import CHECKPOINTS
 from fullrank.training.history import TrainingHistory
 from fullrank.training.interrupt import Interrupt
@@ -124,6 +125,7 @@ def fit(
     processes: Processes,
     device: torch.device,
     progress: bool,
+    ranks_every: int = 0,
 ) -> Fitted:
     """Train a model to the end of its pace, and leave it with its best weights.
 
@@ -139,12 +141,16 @@ def fit(
         Who trains together, and where this one computes.
     progress
         Show a bar with the time left.
+    ranks_every
+        Steps between two X-rays of the weights in the folder's log, which ``fullrank see run``
+        shows; 0 for none.
 
     Raises
     ------
     KeyboardInterrupt
         After Ctrl-C, once the step is finished and a checkpoint is written.
     """
+    from fullrank.spectra.run_log_callback import RunLogCallback
     from fullrank.training.loop import Loop, continue_from, load_weights, run
 
     with ExitStack() as stack:
@@ -169,6 +175,10 @@ def fit(
         trainer = parts.trainer(
             loop=loop, identity=identity, workplace=workplace, optimizers=(optimizer, schedule)
         )
+        if folder is not None:
+            if checkpoint is None:
+                (folder / EVENTS).unlink(missing_ok=True)
+            trainer.add_callback(RunLogCallback(folder, ranks_every=ranks_every))
         stack.enter_context(parts.around(optimizer))
         run(trainer, loop, checkpoint, clock)
         memory = measure_state(trainer.optimizer, parts.model, parts.optimizer_name, loop.peak)

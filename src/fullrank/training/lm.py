@@ -78,6 +78,7 @@ def train_lm(
     out: str | Path | None = None,
     progress: bool = True,
     resume: bool = True,
+    ranks_every: int = 0,
 ) -> TrainedLM:
     """Train a causal language model as a run's settings say, and keep its best weights.
 
@@ -95,6 +96,9 @@ def train_lm(
         Show a bar with the time left.
     resume
         False trains from the start, whatever is in ``out``.
+    ranks_every
+        Steps between two X-rays of the weights, for ``fullrank see run`` to show; 0 for none.
+        They change nothing in the run.
 
     Returns
     -------
@@ -128,7 +132,7 @@ def train_lm(
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
     trained: TrainedLM = carried_out(
-        lambda folder, processes: _Training(config, texts, folder, processes),
+        lambda folder, processes: _Training(config, texts, folder, processes, ranks_every),
         out,
         progress=progress,
         resume=resume,
@@ -140,10 +144,16 @@ class _Training:
     """One run of the loop."""
 
     def __init__(
-        self, config: LMTraining, texts: Texts | None, folder: Path | None, processes: Processes
+        self,
+        config: LMTraining,
+        texts: Texts | None,
+        folder: Path | None,
+        processes: Processes,
+        ranks_every: int,
     ) -> None:
         section = config.data
         self.config, self.folder, self.processes = config, folder, processes
+        self.ranks_every = ranks_every
         if processes.count > 1 and config.optimizer.per_layer:
             raise InputError(
                 "optimizer.per_layer takes gradients before the processes have averaged them; "
@@ -180,6 +190,7 @@ class _Training:
             processes=self.processes,
             device=self.device,
             progress=progress,
+            ranks_every=self.ranks_every,
         )
         self.interrupted = fitted.interrupted
         return TrainedLM(

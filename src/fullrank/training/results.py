@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
+from fullrank.spectra.run_log import EVENTS
 from fullrank.training.checkpoints import CHECKPOINTS, check_identity
 from fullrank.training.config import EncoderTraining
 from fullrank.training.history import TrainingHistory
@@ -79,7 +80,7 @@ def checked_folder(folder: Path) -> Path:
     """Return a folder that is free, or that holds a run of ours; raise for any other."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a new folder")
-    ours = any((folder / name).exists() for name in (RESULT, CHECKPOINTS, _SAVING))
+    ours = any((folder / name).exists() for name in (RESULT, CHECKPOINTS, EVENTS, _SAVING))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise InputError(f"{folder} holds something else already; give a new folder")
     return folder
