@@ -7,6 +7,7 @@ from typing import Any
 
 from fullrank.adapters.export import check_base
 from fullrank.adapters.lora_reading import read_config
+from fullrank.adapters.registration import make_known
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
 
@@ -57,6 +58,7 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> Any:
     kind = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else _CLASSES.get(str(task))
     loader = getattr(transformers, kind or "AutoModel")
     model = load_model(name, lambda source: loader.from_pretrained(source, **options))
+    make_known(str(config.get("peft_type")))
     if config.get("peft_type") == "LORA":
         check_base(model, folder)
     return peft.PeftModel.from_pretrained(model, str(folder)).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -17,24 +17,14 @@ from fullrank.adapters.randlora_bases import Kind
 from fullrank.adapters.randlora_layer import Scaling
 from fullrank.adapters.randlora_model import RandLoraModel as RandLoraModel
 from fullrank.adapters.randlora_product import Pairing
-from fullrank.adapters.randlora_registration import register_tuner
-from fullrank.core.errors import InputError, PlanError, require
+from fullrank.adapters.registration import register_tuner
+from fullrank.adapters.tuner_config import TunerConfig
+from fullrank.core.errors import InputError, PlanError
 from fullrank.core.plan import RankPlan
-
-_peft: Any = require("peft", extra="adapters")
-
-_CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "scaling": ("official", "peft"),
-    "bases": ("dense", "sparse", "very_sparse"),
-    "save_projection": ("once", "none"),
-    "pairing": ("upstream", "paper"),
-    "basis_dtype": ("float32", "bfloat16", "float16", "float64"),
-    "bias": ("none", "all", "randlora_only"),
-}
 
 
 @dataclass
-class RandLoraConfig(_peft.PeftConfig):  # type: ignore[misc]
+class RandLoraConfig(TunerConfig):
     """Configuration for ``peft.get_peft_model``.
 
     A matrix ``(m, n)`` gets ``N (r + min(m, n))`` trained numbers with ``N = ceil(min(m, n) / r)``
@@ -103,48 +93,35 @@ class RandLoraConfig(_peft.PeftConfig):  # type: ignore[misc]
     """
 
     r: int = 32
-    target_modules: list[str] | str | None = None
-    alpha: float | None = None
     scaling: Scaling = "official"
     bases: Kind = "dense"
     projection_key: int = 0
     save_projection: Literal["once", "none"] = "once"
     basis_dtype: Any = field(default=torch.float32)
     pairing: Pairing = "upstream"
-    dropout: float = 0.0
     low_memory: bool = False
-    bias: Literal["none", "all", "randlora_only"] = "none"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    init_weights: bool = True
+
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scaling": ("official", "peft"),
+        "bases": ("dense", "sparse", "very_sparse"),
+        "save_projection": ("once", "none"),
+        "pairing": ("upstream", "paper"),
+        "basis_dtype": ("float32", "bfloat16", "float16", "float64"),
+        "bias": ("none", "all", "randlora_only"),
+    }
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = _TYPE
         # A file holds text.
         self.basis_dtype = str(self.basis_dtype).removeprefix("torch.")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+        super().__post_init__()
         if isinstance(self.r, RankPlan):
             raise PlanError(
                 "RandLoRA takes no plan: its r is the rank of a basis, of which a smaller one "
                 "trains more numbers, and every update has full rank; give one r"
             )
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise InputError(f"r={self.r!r}; it is a whole number of at least 1")
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise InputError(f"alpha={self.alpha!r}; it is positive, or None for the default")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout={self.dropout!r}; it is at least 0 and below 1")
+        self.check_whole("r", 1)
         if not 0 <= self.projection_key < 1 << 63:
             raise InputError(f"projection_key={self.projection_key!r}; it is in [0, 2^63)")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                choices = ", ".join(map(repr, known))
-                raise InputError(f"{name}={getattr(self, name)!r}; it is one of {choices}")
 
     @classmethod
     def from_peft(cls, config: Any) -> Self:
@@ -174,4 +151,4 @@ class RandLoraConfig(_peft.PeftConfig):  # type: ignore[misc]
         )
 
 
-_TYPE = register_tuner("fullrank_randlora", RandLoraConfig, RandLoraModel, RandLoraModel.prefix)
+register_tuner("fullrank_randlora", RandLoraConfig, RandLoraModel)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.adapters.randlora_bases import Bases, bases_needed
 from fullrank.adapters.randlora_product import Update, by_weight, delta, linear, update_of
-from fullrank.core.errors import require
-
-_peft: Any = require("peft.tuners.randlora", extra="adapters")
+from fullrank.adapters.tuner_layer import Held, TunerLayer
 
 Scaling = Literal["official", "peft"]
 
@@ -31,50 +29,27 @@ def scale_of(alpha: float | None, scaling: Scaling, r: int, count: int) -> float
     return (2.0 * r if alpha is None else alpha) / (r * math.sqrt(count))
 
 
-class RandLoraLinear(_peft.Linear):  # type: ignore[misc]
-    """PEFT's RandLoRA layer around an ``nn.Linear`` or ``Conv1D``, with the bases elsewhere.
+class RandLoraLinear(TunerLayer):
+    """A layer whose bases are elsewhere: the model owns them, the layers look them up."""
 
-    Parameters
-    ----------
-    base_layer
-        The layer, or another tuner's layer around it.
-    adapter_name, config
-        The first adapter and its :class:`~fullrank.adapters.RandLoraConfig`.
-    """
+    held = (Held("randlora_lambda", trained=True), Held("randlora_gamma", trained=True))
+    beside: ClassVar[tuple[str, ...]] = ("bases",)
+    bases: dict[str, Bases]
 
-    other_param_names = ("randlora_dropout", "r", "scaling", "bases", "settings")
+    def sizes(self, config: Any) -> tuple[int, float]:
+        """Return the rank of a basis, and s."""
+        count = bases_needed(min(self.shape), config.r)
+        return config.r, scale_of(config.alpha, config.scaling, config.r, count)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
-        nn.Module.__init__(self)
-        _peft.RandLoraLayer.__init__(self, base_layer)
-        # A plain dictionary: the model owns the bases, the layers look them up.
-        self.bases: dict[str, Bases] = {}
-        self.settings: dict[str, Any] = {}
-        self.fan_in_fan_out = not isinstance(self.get_base_layer(), nn.Linear)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        return self.out_features, self.in_features
-
-    def update_layer(self, adapter_name: str, config: Any) -> None:
-        """Add an adapter; its bases are set afterwards."""
+    def make(self, adapter_name: str, config: Any) -> None:
+        """Start Lambda and Gamma; the bases are set afterwards."""
         width, count = min(self.shape), bases_needed(min(self.shape), config.r)
-        self.r[adapter_name] = config.r
-        self.scaling[adapter_name] = scale_of(config.alpha, config.scaling, config.r, count)
-        self.settings[adapter_name] = config
-        dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.randlora_dropout[adapter_name] = dropout
         # Lambda of 0 makes the update 0; an adapter that starts from nothing in particular
         # (init_weights=False) changes outputs at once, which tests of PEFT's kind need.
         lam = torch.zeros if config.init_weights else torch.randn
         self.randlora_lambda[adapter_name] = nn.Parameter(lam(config.r, count))
         gamma = torch.full((count, width), 1 / max(count, width))
         self.randlora_gamma[adapter_name] = nn.Parameter(gamma)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def update_from(self, adapter: str, device: torch.device | None = None) -> Update:
         """Gather the numbers of an adapter's update for this layer."""
@@ -89,7 +64,7 @@ class RandLoraLinear(_peft.Linear):  # type: ignore[misc]
         u = self.update_from(adapter)
         wide = torch.promote_types(u.lam.dtype, torch.float32)
         found = delta(u._replace(lam=u.lam.to(wide), gam=u.gam.to(wide)))
-        return found.T if self.fan_in_fan_out else found
+        return self.oriented(found)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output with that of the active adapters added."""
@@ -102,7 +77,7 @@ class RandLoraLinear(_peft.Linear):  # type: ignore[misc]
         for name in self.active_adapters:
             if name not in self.randlora_lambda:
                 continue
-            u, dropout = self.update_from(name, x.device), self.randlora_dropout[name]
+            u, dropout = self.update_from(name, x.device), self.dropout[name]
             low_memory = self.settings[name].low_memory
             dropped = dropout.training and not isinstance(dropout, nn.Identity)
             if result is None and not (dropped or args or kwargs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,39 +9,33 @@ from torch import Tensor, nn
 
 from fullrank.adapters.randlora_bases import Bases, Recipe
 from fullrank.adapters.randlora_layer import RandLoraLinear
-from fullrank.core.errors import InputError, require
+from fullrank.adapters.tuner import TunerModel
+from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
-
-_peft: Any = require("peft.tuners.randlora", extra="adapters")
-_tuners: Any = require("peft.tuners.tuners_utils", extra="adapters")
 
 _BASES = "base_model.randlora_bases."
 
 
-class RandLoraModel(_peft.RandLoraModel):  # type: ignore[misc]
+class RandLoraModel(TunerModel):
     """What ``get_peft_model`` makes from a :class:`~fullrank.adapters.RandLoraConfig`.
 
     Adapters are independent: each has its own rank, key, kind of bases and targets.
     """
 
+    prefix = "randlora_"
     tuner_layer_cls = RandLoraLinear
+    title = "RandLoRA"
+    rank_title = "basis rank"
     # Layers without the model would lose their bases: PEFT then refuses in-place injection.
     uses_shared_state = True
-
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        """PEFT draws its bases here; ours are drawn for the layers that there are."""
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        _tuners.BaseTuner._check_new_adapter_config(self, config)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Put an adapter into its layers, and draw its bases."""
         config = self.peft_config[adapter_name]
-        self._check_targets(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [layer for _, layer in self._layers(adapter_name)]
+        layers = [layer for _, layer in self.adapted(adapter_name)]
         recipe = Recipe.of((x.shape for x in layers), config.r, config.bases, config.projection_key)
         if not hasattr(self, "randlora_bases"):
             self.randlora_bases = nn.ModuleDict()
@@ -72,57 +65,8 @@ class RandLoraModel(_peft.RandLoraModel):  # type: ignore[misc]
             canonical_name(name): int(
                 torch.linalg.matrix_rank(layer.get_delta_weight(adapter_name))
             )
-            for name, layer in self._layers(adapter_name)
+            for name, layer in self.adapted(adapter_name)
         }
-
-    def _layers(self, adapter: str) -> Iterator[tuple[str, RandLoraLinear]]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, RandLoraLinear) and adapter in module.r:
-                yield name, module
-
-    def _check_targets(self, model: nn.Module, config: Any) -> None:
-        """Raise before anything is changed on layers that the adapter cannot be put on."""
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
-        _tuners._maybe_include_all_linear_layers(config, model)
-        wrapped = [n for n, m in model.named_modules() if isinstance(m, _tuners.BaseTunerLayer)]
-        for name, module in model.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer in wrapped)
-            if inside or not self._check_target_module_exists(config, name):
-                continue
-            if isinstance(module, _tuners.BaseTunerLayer):
-                module = module.get_base_layer()
-            weight = getattr(module, "weight", None)
-            linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if not linear or weight is None or not weight.is_floating_point():
-                raise InputError(
-                    f"{canonical_name(name)} is a {type(module).__name__}: RandLoRA is for linear "
-                    "layers (nn.Linear, Conv1D) whose weights are not quantised; leave it out of "
-                    "target_modules"
-                )
-            if config.r > min(weight.shape):
-                raise InputError(
-                    f"{canonical_name(name)} is {' x '.join(map(str, weight.shape))}: a basis rank "
-                    f"of {config.r} is above {min(weight.shape)}; give a smaller r, or leave the "
-                    "layer out of target_modules"
-                )
-
-    def _create_and_replace(
-        self,
-        config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **options: Any,
-    ) -> None:
-        if isinstance(target, RandLoraLinear):
-            target.update_layer(adapter_name, config)
-            return
-        layer = RandLoraLinear(target, adapter_name, config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,36 +1,49 @@
-"""Make RandLoRA's type known to PEFT, so that its loaders and savers take it for one of theirs."""
+"""Make our tuners known to PEFT, so that its loaders and savers take them for some of theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fullrank.core.errors import require
 
+TUNERS: Mapping[str, str] = {
+    "FULLRANK_RANDLORA": "fullrank.adapters.randlora",
+}
+"""Type -> the module that makes it known to PEFT; a new tuner is a new row."""
 
-def register_tuner(name: str, config_cls: type, model_cls: type, prefix: str) -> Any:
+
+def make_known(kind: str) -> None:
+    """Make a type that a file names known to PEFT, where it is one of ours."""
+    if kind in TUNERS:
+        require(TUNERS[kind], extra="adapters")
+
+
+def register_tuner(name: str, config_cls: Any, model_cls: Any) -> Any:
     """Add a tuner to PEFT under a type of its own, once.
 
     Parameters
     ----------
     name
-        Lower case; the type is the same in upper case.
+        Lower case; the type is the same in upper case. Ours begin with ``fullrank_``: PEFT may
+        come to have a method of the same name.
     config_cls, model_cls
-        The tuner's configuration and model.
-    prefix
-        What the names of its parameters begin with.
+        The tuner's configuration and model; the model's ``prefix`` is what the names of its
+        tensors begin with.
 
     Returns
     -------
     PeftType
-        The type.
+        The type, which the configurations carry from now on.
     """
     peft = require("peft", extra="adapters")
     utils = require("peft.utils.peft_types", extra="adapters")
     kind = _member(utils.PeftType, name.upper())
     if kind not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         utils.register_peft_method(
-            name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix
+            name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
         )
+    config_cls.registered = kind
     return kind
 
 
