@@ -85,6 +85,7 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
             setattr(self, name, {})
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self.out_features, self.in_features = shape_of(self.get_base_layer())
         self.fan_in_fan_out = not isinstance(self.get_base_layer(), nn.Linear)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -92,7 +93,7 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
-        return shape_of(self.get_base_layer())
+        return self.out_features, self.in_features
 
     def sizes(self, config: Any) -> tuple[int, float]:
         """Return an adapter's rank and its scaling: by default alpha / r, 1 without an alpha."""
