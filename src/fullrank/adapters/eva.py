@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fullrank.adapters.eva_components import Components, GramComponents, IncrementalComponents
 from fullrank.adapters.eva_report import EvaReport as EvaReport
 from fullrank.adapters.layer_inputs import (
+    keep_dtype,
     lora_layers,
     same_inputs,
     token_mask,
@@ -119,7 +120,12 @@ def initialize(
     state = search.weights(ranks, bool(options.whiten))
     if config.eva_config is None:
         config.eva_config = options
-    peft.initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
+    dtypes = {name: layer.lora_A[adapter_name].weight.dtype for name, layer in layers.items()}
+    peft.initialize_lora_eva_weights(model, eva_state_dict=dict(state), adapter_name=adapter_name)
+    for name in state:
+        if ranks[name]:  # PEFT's loader rounds to the base's type
+            keep_dtype(layers[name], adapter_name, dtypes[name])
+            layers[name].lora_A[adapter_name].weight.data.copy_(state[name])
     prefix = "base_model.model."
     kept = [name.removeprefix(prefix) for name, rank in ranks.items() if rank]
     names = [name.removeprefix(prefix) for name, _ in model.named_modules()]

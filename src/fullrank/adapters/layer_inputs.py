@@ -45,6 +45,15 @@ def lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     return found
 
 
+def keep_dtype(layer: Any, adapter: str, dtype: torch.dtype) -> None:
+    """Give a layer's factors back the type they had before PEFT's ``update_layer``.
+
+    It makes new ones in the base's type, where ``get_peft_model`` keeps them in float32.
+    """
+    layer.lora_A[adapter].to(dtype)
+    layer.lora_B[adapter].to(dtype)
+
+
 def _is_matrix(layer: Any) -> bool:
     base = layer.get_base_layer()
     return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fullrank.adapters.gradient_sketch import GradientSketch, sketches
 from fullrank.adapters.gradients import GradientSum, fold_gradients, loss_of
-from fullrank.adapters.layer_inputs import lora_layers
+from fullrank.adapters.layer_inputs import keep_dtype, lora_layers
 from fullrank.adapters.lora_ga_model import Mode, install, oriented, saves_for_the_base
 from fullrank.adapters.lora_ga_start import (
     Direction,
@@ -205,9 +205,10 @@ def _lower_rank(name: str, layer: Any, adapter: str = "default") -> None:
         f"need {2 * rank} directions",
         stacklevel=3,
     )
-    scaling = layer.scaling[adapter]
+    scaling, dtype = layer.scaling[adapter], layer.lora_A[adapter].weight.dtype
     layer.update_layer(adapter, most, layer.lora_alpha[adapter], config=_of(layer))
     layer.scaling[adapter] = scaling
+    keep_dtype(layer, adapter, dtype)
 
 
 def _folds(
