@@ -13,9 +13,11 @@ from fullrank.core.plan import PlanEntry, RankPlan
 
 peft = pytest.importorskip("peft")
 
+from fullrank.adapters.lora_sb_layer import LoraSBLinear  # noqa: E402
 from fullrank.adapters.randlora_layer import RandLoraLinear  # noqa: E402
 
-LAYERS = {"randlora": RandLoraLinear}
+LAYERS = {"randlora": RandLoraLinear, "lora_sb": LoraSBLinear}
+NEEDED = {"lora_sb": {"lr": 1e-3, "n_samples": 12}}
 
 
 class Block(nn.Module):
@@ -57,7 +59,8 @@ def data(count=3):
 
 
 def put_on(method, model=None, **changes):
-    options = {"rank": 2, "data": data(), "progress": False, **changes}
+    needed = NEEDED.get(method, {})
+    options = {"rank": 2, "data": data(), "progress": False, **needed, **changes}
     return adapt(model or net(), method, **options)
 
 
@@ -66,7 +69,10 @@ def test_every_method_starts_at_the_base_and_trains_and_survives_saving(method, 
     batch = data()[0]
     model = put_on(method)
     assert isinstance(model, peft.PeftModel)
-    torch.testing.assert_close(model(batch["x"]), net()(batch["x"]), rtol=1e-4, atol=1e-5)
+    if method == "lora_sb":  # the first update is in it
+        assert model(**batch) < net()(**batch)
+    else:
+        torch.testing.assert_close(model(batch["x"]), net()(batch["x"]), rtol=1e-4, atol=1e-5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -157,6 +163,9 @@ SAME = [{"x": torch.zeros(2, 5, 12), "labels": torch.zeros(2, 5, 10)}]
         ("lora", {"no_such": 1}, "no 'no_such'"),
         ("eva", {"no_such": 1}, "eva has no option 'no_such'"),
         ("lorax", {}, "it is one of lora"),
+        ("lora_sb", {"lr": None}, "needs lr"),
+        ("lora_sb", {"data": data(1)}, "fewer than n_samples=12"),
+        ("lora_sb", {"data": NAN, "n_samples": 2}, "loss of batch 1 is nan"),
         ("eva", {"data": None}, "needs activations"),
         ("lora_ga", {"data": None}, "needs gradients"),
         ("eva", {"data": []}, "empty"),

@@ -7,6 +7,7 @@ from fullrank._lazy import lazy_exports
 if TYPE_CHECKING:
     from fullrank.adapters import eva as eva
     from fullrank.adapters import lora_ga as lora_ga
+    from fullrank.adapters import lora_sb as lora_sb
     from fullrank.adapters.adapt import AdaptReport as AdaptReport
     from fullrank.adapters.adapt import adapt as adapt
     from fullrank.adapters.eva_report import EvaReport as EvaReport
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fullrank.adapters.lora_ga import LoraGAReport as LoraGAReport
     from fullrank.adapters.lora_reading import inspect as inspect
     from fullrank.adapters.lora_reading import read_lora as read_lora
+    from fullrank.adapters.lora_sb import LoraSBConfig as LoraSBConfig
+    from fullrank.adapters.lora_sb import LoraSBReport as LoraSBReport
     from fullrank.adapters.merging import MergeReport as MergeReport
     from fullrank.adapters.merging import merge_adapters as merge_adapters
     from fullrank.adapters.merging import merge_updates as merge_updates
@@ -28,12 +31,14 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "eva": "",
         "lora_ga": "",
+        "lora_sb": "",
         **dict.fromkeys(["AdaptReport", "adapt"], "adapt"),
         "EvaReport": "eva_report",
         **dict.fromkeys(["check_base", "save_as_lora", "to_lora"], "export"),
         **dict.fromkeys(["inspect", "read_lora"], "lora_reading"),
         **dict.fromkeys(["LowRank", "write_lora"], "lora_files"),
         "LoraGAReport": "lora_ga",
+        **dict.fromkeys(["LoraSBConfig", "LoraSBReport"], "lora_sb"),
         **dict.fromkeys(["MergeReport", "merge_adapters", "merge_updates"], "merging"),
         "RandLoraConfig": "randlora",
     },

@@ -104,15 +104,16 @@ def adapt(
         The base model; an ordinary module.
     method
         ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"`` (PEFT's), ``"eva"``, ``"lora_ga"``,
-        ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``), or ``"randlora"``.
+        ``"lora_sb"``, ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``), or
+        ``"randlora"``.
     plan
         A rank for each layer: a :class:`~fullrank.core.RankPlan` of purpose ``"adapter"``. EVA
         keeps its ranks unless ``rho`` is given.
     rank
-        The same rank for all instead; 8 when neither is given, for RandLoRA 32.
+        The same rank for all instead; 8 when neither is given, for LoRA-SB and RandLoRA 32.
     data
-        Batches: of the model's arguments (with labels for ``"lora_ga"``), or what ``forward_fn``
-        or ``loss_fn`` take. Methods that need none leave them alone.
+        Batches: of the model's arguments (with labels for ``"lora_ga"`` and ``"lora_sb"``), or
+        what ``forward_fn`` or ``loss_fn`` take. Methods that need none leave them alone.
     targets
         Which linear layers: ends of names (``"query"``), or shell patterns over whole names; by
         default all but the output head, the classifier (``task_type="SEQ_CLS"``) and the pooler
@@ -123,14 +124,14 @@ def adapt(
     dropout, task_type
         PEFT's ``lora_dropout`` and ``task_type``.
     loss_fn, forward_fn
-        ``(model, batch)``: the loss of LoRA-GA, the forward pass of EVA.
+        ``(model, batch)``: the loss of LoRA-GA and LoRA-SB, the forward pass of EVA.
     seed
         Of what is random.
     progress
         Show bars.
     **options
         The method's own; e.g. EVA: ``rho``, ``whiten``, ``max_batches``; LoRA-GA: ``scale``,
-        ``direction``, ``n_batches``.
+        ``direction``, ``n_batches``; LoRA-SB: ``lr`` (of the first step; needed), ``n_samples``.
 
     Returns
     -------

@@ -98,25 +98,45 @@ class Method:
 def lora_config(request: Request, *, alpha: float, rslora: bool = False, **options: Any) -> Any:
     """PEFT's ``LoraConfig`` for these ranks; ``alpha`` is per unit of rank unless asked for."""
     peft = require("peft", extra="adapters")
-    largest = max(request.ranks.values())
-    whole = request.alpha if request.alpha is not None else alpha * largest
-    smaller = {name: rank for name, rank in request.ranks.items() if rank != largest}
-    power = 0.5 if rslora else 1.0
-    names = [name for name, _ in request.model.named_modules()]
+    patterns = patterns_of(request, alpha, 0.5 if rslora else 1.0)
     return peft.LoraConfig(
-        r=largest,
-        lora_alpha=whole,
-        target_modules=exact_targets(request.ranks, names),
-        rank_pattern={_exactly(name): rank for name, rank in smaller.items()},
-        alpha_pattern={
-            _exactly(name): whole * (rank / largest) ** power for name, rank in smaller.items()
-        },
+        lora_alpha=patterns.pop("alpha"),
+        **patterns,
+        target_modules=targets_of(request),
         lora_dropout=request.dropout,
         task_type=request.task_type,
         fan_in_fan_out=request.transposed,
         use_rslora=rslora,
         **options,
     )
+
+
+def targets_of(request: Request) -> list[str] | str:
+    """``target_modules`` of PEFT for the layers that are asked for, and no others."""
+    return exact_targets(request.ranks, [name for name, _ in request.model.named_modules()])
+
+
+def patterns_of(request: Request, alpha: float, power: float = 1.0) -> dict[str, Any]:
+    """``r``, ``alpha`` and their patterns for these ranks, at the same scaling in all layers.
+
+    Parameters
+    ----------
+    request
+        What is asked for.
+    alpha
+        Per unit of rank, unless asked for.
+    power
+        The scaling is alpha over this power of the rank.
+    """
+    largest = max(request.ranks.values())
+    whole = request.alpha if request.alpha is not None else alpha * largest
+    smaller = {_exactly(n): rank for n, rank in request.ranks.items() if rank != largest}
+    return {
+        "r": largest,
+        "alpha": whole,
+        "rank_pattern": smaller,
+        "alpha_pattern": {n: whole * (rank / largest) ** power for n, rank in smaller.items()},
+    }
 
 
 def _exactly(name: str) -> str:
@@ -191,17 +211,56 @@ def _lora_ga(
     return model, Found(captured=model.lora_ga.captured, seconds=model.lora_ga.seconds)
 
 
+def _lora_sb(
+    request: Request,
+    *,
+    lr: float | None = None,
+    n_samples: int = 50,
+    init: Literal["update", "xs"] = "update",
+    core_dtype: Any = None,
+) -> tuple[Any, Found]:
+    peft = require("peft", extra="adapters")
+    lora_sb = require("fullrank.adapters.lora_sb", extra="adapters")
+    if lr is None and init == "update":
+        raise InputError(
+            "LoRA-SB needs lr, the learning rate of the first optimizer step: the peak rate "
+            "divided by the number of warm-up steps"
+        )
+    patterns = patterns_of(request, 1.0)
+    config = lora_sb.LoraSBConfig(
+        **patterns,
+        target_modules=targets_of(request),
+        dropout=request.dropout,
+        task_type=request.task_type,
+        init=init,
+        core_dtype=core_dtype,
+        seed=request.seed,
+    )
+    model = peft.get_peft_model(request.model, config)
+    if init == "xs":
+        return model, Found()
+    model.lora_sb = lora_sb.initialize(
+        model,
+        request.data,
+        lr,
+        n_samples,
+        loss_fn=request.loss_fn,
+        seed=request.seed,
+        progress=request.progress,
+    )
+    return model, Found(captured=model.lora_sb.captured, seconds=model.lora_sb.seconds)
+
+
 def _randlora(request: Request, **options: Any) -> tuple[Any, Found]:
     peft = require("peft", extra="adapters")
     config_class = require("fullrank.adapters.randlora", extra="adapters").RandLoraConfig
     for option in options:
         if option not in config_class.__dataclass_fields__:
             raise InputError(f"RandLoraConfig has no {option!r}")
-    names = [name for name, _ in request.model.named_modules()]
     config = config_class(
         r=max(request.ranks.values()),
         alpha=request.alpha,
-        target_modules=exact_targets(request.ranks, names),
+        target_modules=targets_of(request),
         dropout=request.dropout,
         task_type=request.task_type,
         **{"projection_key": request.seed, **options},
@@ -222,6 +281,8 @@ METHODS: Mapping[str, Method] = {
         _plain(alpha=2.0, use_dora=True),
         "fullrank.optim.GradNormLoRPAdamW, with A and B in a group that has a rank",
     ),
+    # r^2 numbers a layer: LoRA-SB's r is larger, from 24 in the paper.
+    "lora_sb": Method("LoRA-SB", "gradients", _lora_sb, quantised=False, rank=32),
     # RandLoRA's r is the rank of one of many bases: 32 in PEFT, and a smaller one trains more.
     "randlora": Method("RandLoRA", "nothing", _randlora, rank=32, planned=False),
 }

@@ -131,10 +131,13 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
 
 
 def _update(name: str, layer: Any, adapter: str) -> LowRank:
-    if hasattr(layer, "to_lora"):
-        found: LowRank = layer.to_lora(adapter)
-        return found
     plain = canonical_name(name)
+    if hasattr(layer, "to_lora"):
+        try:
+            found: LowRank = layer.to_lora(adapter)
+        except InputError as error:
+            raise InputError(f"{plain}: {error}; use merge_and_unload") from error
+        return found
     if adapter not in getattr(layer, "lora_A", {}) or adapter in layer.lora_variant:
         raise InputError(
             f"the update of {plain} is not of low rank, or of no linear layer; use merge_and_unload"

@@ -28,23 +28,25 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 class GradientSum:
-    """The mean of a weight's gradients, whole."""
+    """The mean of a weight's gradients, whole; kept on ``device``, by default the gradients'."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self._dtype, self._device = dtype, device
+        self._home: torch.device | None = None
         self.total: Tensor | None = None
 
     def add(self, gradient: Tensor) -> None:
         """Take in a gradient, which may be freed then."""
         if self.total is None:
-            self.total = gradient.to(self._dtype, copy=True)
+            self._home = gradient.device
+            self.total = gradient.to(self._device or gradient.device, self._dtype, copy=True)
         else:
-            self.total += gradient
+            self.total += gradient.to(self.total.device)
 
     def mean(self, count: int) -> Tensor:
         """Over so many batches, and over all processes."""
         assert self.total is not None
-        return shared(self.total.div_(count))
+        return shared(self.total.to(self._home).div_(count))
 
 
 class Folds(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ class RandLoraLinear(TunerLayer):
     """A layer whose bases are elsewhere: the model owns them, the layers look them up."""
 
     held = (Held("randlora_lambda", trained=True), Held("randlora_gamma", trained=True))
-    beside: ClassVar[tuple[str, ...]] = ("bases",)
+    beside = ("bases",)
+    randlora_lambda: nn.ParameterDict
+    randlora_gamma: nn.ParameterDict
     bases: dict[str, Bases]
 
     def sizes(self, config: Any) -> tuple[int, float]:

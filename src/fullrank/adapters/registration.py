@@ -8,6 +8,7 @@ from typing import Any
 from fullrank.core.errors import require
 
 TUNERS: Mapping[str, str] = {
+    "FULLRANK_LORA_SB": "fullrank.adapters.lora_sb",
     "FULLRANK_RANDLORA": "fullrank.adapters.randlora",
 }
 """Type -> the module that makes it known to PEFT; a new tuner is a new row."""

@@ -107,6 +107,7 @@ class TunerConfig(_peft.PeftConfig):  # type: ignore[misc]
         super().save_pretrained(save_directory, **options)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        note = _NOTE.format(kind=self.peft_type.value, module=type(self).__module__)
-        if note not in text:
+        module = type(self).__module__
+        if f"`import {module}`" not in text:
+            note = _NOTE.format(kind=self.peft_type.value, module=module)
             card.write_text(text + note, encoding="utf-8")

@@ -64,6 +64,17 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
     held: ClassVar[tuple[Held, ...]] = ()
     beside: ClassVar[tuple[str, ...]] = ()
 
+    base_layer: Any
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    # PEFT's own, which nn.Module's __getattr__ hides from type checkers.
+    active_adapters: list[str]
+    get_base_layer: Any
+    set_adapter: Any
+    _cast_input_dtype: Any
+    _get_base_layer_device_and_dtype: Any
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # PEFT trains and freezes the first kind, and deletes both with their adapter.
@@ -247,11 +258,12 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters.clear()
 
     def _dtype(self, adapter_name: str) -> torch.dtype:
-        return next(
+        found: torch.dtype = next(
             getattr(self, held.name)[adapter_name].dtype
             for held in self.held
             if held.trained and adapter_name in getattr(self, held.name)
         )
+        return found
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +32,42 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     >>> moved({"input_ids": torch.zeros(2, 3)}, torch.device("meta"))["input_ids"].device
     device(type='meta')
     """
-    import torch
+    return _mapped(batch, lambda tensor: tensor.to(device))
 
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: moved(inner, device) for name, inner in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        parts = [moved(inner, device) for inner in batch]
-        # A named tuple takes its fields one by one.
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+
+def rows_in(batch: Batch) -> int:
+    """Return how many samples a batch has: the length of its first tensor.
+
+    Raises
+    ------
+    InputError
+        When it holds no tensor with a first dimension.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows_in({"input_ids": torch.zeros(2, 3)})
+    2
+    """
+    found = _length(batch)
+    if found is None:
+        raise InputError("the batch holds no tensor of samples, so that they cannot be counted")
+    return found
+
+
+def first_rows(batch: Batch, count: int) -> Batch:
+    """Return a batch of at most so many samples; tensors of other lengths stay whole.
+
+    Examples
+    --------
+    >>> import torch
+    >>> [part.tolist() for part in first_rows((torch.arange(3), torch.ones(1)), 2)]
+    [[0, 1], [1.0]]
+    """
+    rows = rows_in(batch)
+    if rows <= count:
+        return batch
+    return _mapped(batch, lambda t: t[:count] if t.ndim and len(t) == rows else t)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -54,3 +81,28 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def is_sentence_transformer(model: nn.Module) -> bool:
     """Whether this is a sentence-transformers model, without importing the library."""
     return any(c.__name__ == "SentenceTransformer" for c in type(model).__mro__)
+
+
+def _mapped(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: _mapped(inner, change) for name, inner in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        parts = [_mapped(inner, change) for inner in batch]
+        # A named tuple takes its fields one by one.
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def _length(batch: Batch) -> int | None:
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else None
+    inner = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, tuple, list)):
+        return None
+    return next((n for n in map(_length, inner) if n is not None), None)
