@@ -10,7 +10,6 @@ loss over the seeds). Early: mean training loss of steps 10 to 30; final: of the
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from collections.abc import Callable
 
@@ -61,6 +60,14 @@ def train(model: nn.Module, data: Data, steps: int, lr: float, seed: int) -> lis
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def learnt(seed: int) -> MLP:
+    """A network that knows the digits upright."""
+    torch.manual_seed(seed)
+    base = MLP()
+    train(base, digits(turned=False)[0], 400, 3e-3, seed)
+    return base
 
 
 def loss_fn(model: nn.Module, batch: Data) -> torch.Tensor:
@@ -126,7 +133,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    before, _ = digits(turned=False)
     (x, y), test = digits(turned=True)
     rows = []
     for name, make in WAYS.items():
@@ -134,10 +140,7 @@ def main() -> None:
         for lr in RATES:
             runs = []
             for seed in range(args.seeds):
-                torch.manual_seed(seed)
-                base = MLP()
-                train(base, before, 400, 3e-3, seed)
-                model = make(copy.deepcopy(base), (x, y), seed)
+                model = make(learnt(seed), (x, y), seed)
                 losses = train(model, (x, y), STEPS, lr, seed)
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 early, final = statistics.fmean(losses[10:30]), statistics.fmean(losses[-20:])

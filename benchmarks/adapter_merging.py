@@ -17,7 +17,7 @@ import statistics
 import numpy as np
 import peft
 import torch
-from adapter_digits import MLP, RANK, STEPS, Data, accuracy, config, digits, train
+from adapter_digits import RANK, STEPS, Data, accuracy, config, digits, learnt, train
 from sklearn.datasets import load_digits
 
 from fullrank.adapters.merging import merge_adapters
@@ -39,10 +39,7 @@ def mirrored() -> tuple[Data, Data]:
 
 
 def two_tasks(tasks: dict[str, tuple[Data, Data]], seed: int) -> peft.PeftModel:
-    torch.manual_seed(seed)
-    base = MLP()
-    train(base, digits(turned=False)[0], 400, 3e-3, seed)
-    model = peft.get_peft_model(base, config(), "turned")
+    model = peft.get_peft_model(learnt(seed), config(), "turned")
     model.add_adapter("mirrored", config())
     for task, (data, _) in tasks.items():
         model.set_adapter(task)

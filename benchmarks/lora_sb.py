@@ -63,13 +63,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    before, _ = digits.digits(turned=False)
     data, test = digits.digits(turned=True)
-    bases = []
-    for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        bases.append(digits.MLP())
-        digits.train(bases[-1], before, 400, 3e-3, seed)
+    bases = [digits.learnt(seed) for seed in range(args.seeds)]
     rows = []
     for way, make in WAYS.items():
         tried = []

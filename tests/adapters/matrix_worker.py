@@ -15,13 +15,13 @@ KINDS = ("ddp", "fsdp")
 def load(folder):
     """Load each adapter as a user would, and write what it computes."""
     import peft
-    from cases import net, samples
+    from small_net import net, samples
 
-    import fullrank.adapters.registration as registration
+    from fullrank.adapters.lora_reading import read_config
+    from fullrank.adapters.registration import make_known
 
-    for kind in registration.TUNERS:
-        registration.make_known(kind)
     for path in sorted(folder.iterdir()):
+        make_known(str(read_config(path / "adapter")["peft_type"]))
         model = peft.PeftModel.from_pretrained(net(), path / "adapter")
         torch.save(model(samples()["ids"]), path / "found.pt")
 
@@ -49,15 +49,16 @@ def whole(model, names):
 def train_together(folder, rank):
     import cases
     import torch.distributed as dist
+    from small_net import net
 
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     for number, case in enumerate(cases.CASES.values()):
         for kind in KINDS:
-            model = case.put(cases.net(dtype=torch.float64), 2)
+            model = case.put(net(dtype=torch.float64), 2)
             names = set(cases.trained(model))
-            net = wrapped(kind, model)
-            cases.train(net, rows=slice(rank, None, 2))
-            state = whole(net, names)
+            shared = wrapped(kind, model)
+            cases.train(shared, rows=slice(rank, None, 2))
+            state = whole(shared, names)
             if rank == 0:
                 torch.save(state, folder / f"{number}.{kind}.pt")
     dist.barrier()

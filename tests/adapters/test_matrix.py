@@ -13,8 +13,9 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from cases import CASES, TARGETS, net, samples, shaken, train, trained  # noqa: E402
+from cases import CASES, shaken, train, trained  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from small_net import TARGETS, net, samples  # noqa: E402
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 NEAR = {"rtol": 1e-4, "atol": 1e-5}

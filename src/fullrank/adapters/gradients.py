@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -177,6 +178,15 @@ def _folder(name: str, into: Folds, reached: set[str]) -> Callable[[Tensor], Non
         weight.grad = None
 
     return fold
+
+
+def check_size(name: str, size: float) -> None:
+    """Raise unless the norm of a layer's gradient says that there is something to start from."""
+    if not 0 < size < math.inf:
+        raise InputError(
+            f"the gradient of {canonical_name(name)} is zero or not finite; give other batches, or "
+            "leave it out"
+        )
 
 
 def shared(mean: Tensor) -> Tensor:

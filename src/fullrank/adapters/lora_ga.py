@@ -7,7 +7,6 @@ adapter stays PEFT's LoRA.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.adapters.gradient_sketch import GradientSketch, sketches
-from fullrank.adapters.gradients import GradientSum, fold_gradients, loss_of
+from fullrank.adapters.gradients import GradientSum, check_size, fold_gradients, loss_of
 from fullrank.adapters.layer_inputs import keep_dtype, lora_layers
 from fullrank.adapters.lora_ga_model import Mode, install, oriented, saves_for_the_base
 from fullrank.adapters.lora_ga_start import (
@@ -244,11 +243,7 @@ def _start(
         U, S, Vh, size = fold.triplets(seen)
         if getattr(layer, "fan_in_fan_out", False):
             U, Vh = Vh.T, U.T
-    if not 0 < size < math.inf:
-        raise InputError(
-            f"the gradient of {canonical_name(name)} is zero or not finite; give other batches, or "
-            "leave it out"
-        )
+    check_size(name, size)
     try:
         if isinstance(fold, GradientSum):
             wide = weight.to(gradient.dtype)

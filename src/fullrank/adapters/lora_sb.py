@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fullrank.adapters.gradients import GradientSum, fold_gradients, loss_of
+from fullrank.adapters.gradients import GradientSum, check_size, fold_gradients, loss_of
 from fullrank.adapters.lora_sb_layer import LoraSBModel as LoraSBModel
 from fullrank.adapters.lora_sb_start import Start, first_update, start_from_update
 from fullrank.adapters.registration import register_tuner
@@ -268,11 +268,7 @@ def _training(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _start(name: str, layer: Any, total: GradientSum, lr: float, seed: int, adapter: str) -> Start:
     gradient = layer.oriented(total.mean(1))
-    if not 0 < float(torch.linalg.vector_norm(gradient)) < float("inf"):
-        raise InputError(
-            f"the gradient of {canonical_name(name)} is zero or not finite; give other batches, or "
-            "leave it out"
-        )
+    check_size(name, float(torch.linalg.vector_norm(gradient)))
     return start_from_update(
         first_update(gradient, lr), layer.r[adapter], layer.scaling[adapter], seed
     )
