@@ -17,6 +17,8 @@ from cases import CASES, shaken, train, trained  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from small_net import TARGETS, net, samples  # noqa: E402
 
+from fullrank.core.names import model_fingerprint  # noqa: E402
+
 WORKER = Path(__file__).with_name("matrix_worker.py")
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
 IDS = samples()["ids"]
@@ -66,6 +68,11 @@ def test_forward_and_backward(case, kind):
     train(model, 10)
     assert model(**samples())["loss"] < first
     assert all(torch.equal(tensor, before[name]) for name, tensor in base_state(model).items())
+
+
+@every_case
+def test_the_base_is_recognised_under_it(case):
+    assert model_fingerprint(case.put(net(), 2)) == model_fingerprint(net())
 
 
 @every_case

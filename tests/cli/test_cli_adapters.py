@@ -1,6 +1,8 @@
 """`fullrank adapters` and `fullrank train finetune` as a user runs them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,6 +167,28 @@ def test_finetune_trains_and_says_how_to_load_it(fullrank, base, tmp_path):
     other = fullrank("train", "finetune", run, "--out", out)
     assert other.code == 2
     assert "another loop" in other.err
+
+
+@pytest.mark.slow
+def test_an_adapter_of_our_own_type_is_trained_loaded_and_converted(fullrank, base, tmp_path):
+    text = tmp_path / "song.txt"
+    text.write_text("the cat sat on the mat. " * 60)
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'[model]\nname = "{base}"\n[data]\nsource = "{text}"\nmax_tokens = 16\n'
+        '[adapter]\nmethod = "lora_sb"\nrank = 4\noptions = {lr = 1e-3, n_samples = 4}\n'
+        "[loop]\nsteps = 2\nbatch_size = 2\nevaluations = 1\n"
+    )
+    out, plain = tmp_path / "tuned", tmp_path / "plain"
+    done = fullrank("train", "finetune", run, "--out", out)
+    assert done.code == 0, done.err
+    assert "import fullrank.adapters.lora_sb; peft." in " ".join(done.out.split())
+    assert fullrank("train", "finetune", run, "--out", out).code == 0
+    # A process that knows the type from the file alone.
+    command = [sys.executable, "-m", "fullrank", "adapters", "convert", out, "--out", plain]
+    converted = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert converted.returncode == 0, converted.stderr[-2000:]
+    torch.testing.assert_close(logits(base, plain), logits(base, out), rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_is_a_run_and_names_are_listed(fullrank, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from fullrank.adapters.export import check_base
 from fullrank.adapters.lora_reading import read_config
-from fullrank.adapters.registration import make_known
+from fullrank.adapters.registration import TUNERS, make_known
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
 
@@ -45,7 +45,6 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> Any:
     --------
     >>> model = load_adapter("adapter")  # doctest: +SKIP
     """
-    peft = require("peft", extra="adapters")
     transformers = require("transformers", extra="hf")
     config = read_config(folder)
     name = base or config.get("base_model_name_or_path")
@@ -58,10 +57,29 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> Any:
     kind = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else _CLASSES.get(str(task))
     loader = getattr(transformers, kind or "AutoModel")
     model = load_model(name, lambda source: loader.from_pretrained(source, **options))
-    make_known(str(config.get("peft_type")))
     if config.get("peft_type") == "LORA":
         check_base(model, folder)
-    return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    return put_on(model, folder).eval()
+
+
+def put_on(model: Any, folder: str | Path) -> Any:
+    """Put an adapter from a folder on a base model that is there already, whatever its type.
+
+    Raises
+    ------
+    StoreError
+        When the folder holds no adapter.
+    """
+    peft = require("peft", extra="adapters")
+    make_known(str(read_config(folder).get("peft_type")))
+    return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def how_to_load(folder: str | Path) -> str:
+    """Say in Python what loads an adapter on its base model."""
+    module = TUNERS.get(str(read_config(folder).get("peft_type")))
+    before = f"import {module}; " if module else ""
+    return f"{before}peft.PeftModel.from_pretrained(base, {str(folder)!r})"
 
 
 def _labels(folder: str | Path) -> int:

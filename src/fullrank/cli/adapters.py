@@ -64,6 +64,7 @@ def convert(
     """
     from fullrank.adapters import inspect as look
     from fullrank.adapters import read_lora, save_as_lora, write_lora
+    from fullrank.adapters.loading import how_to_load, load_adapter
     from fullrank.adapters.lora_reading import read_config
 
     _free(out)
@@ -71,12 +72,10 @@ def convert(
         updates, whole, config = read_lora(folder)
         write_lora(out, updates, config, whole)
     else:
-        from fullrank.adapters.loading import load_adapter
-
         save_as_lora(load_adapter(folder, base), out)
     console = Console()
     console.print(look(out))
-    console.print(f"{out} loads with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    console.print(f"{out} loads with {how_to_load(out)}")
 
 
 @app.command()
@@ -101,6 +100,7 @@ def merge(
     lost. Example: fullrank adapters merge math code --weights 0.5,0.5 --rank 16 --out both
     """
     from fullrank.adapters import merge_updates, read_lora, to_lora, write_lora
+    from fullrank.adapters.loading import how_to_load, load_adapter
     from fullrank.adapters.lora_reading import read_config
 
     _free(out)
@@ -111,8 +111,6 @@ def merge(
         if read_config(folder).get("peft_type") == "LORA":
             found, whole, config = read_lora(folder)
         else:
-            from fullrank.adapters.loading import load_adapter
-
             model = load_adapter(folder, base)
             found, whole, config = to_lora(model), {}, model.peft_config["default"]
         if whole or getattr(config, "modules_to_save", None):
@@ -133,7 +131,7 @@ def merge(
     write_lora(out, report.updates, configs[0])
     console = Console()
     console.print(report.table())
-    console.print(f"{out} loads with peft.PeftModel.from_pretrained(base, {str(out)!r})")
+    console.print(f"{out} loads with {how_to_load(out)}")
 
 
 def _numbers(text: str | None) -> list[float] | None:

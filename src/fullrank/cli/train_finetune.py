@@ -92,7 +92,8 @@ def finetune(
         f"{whole:,} numbers trained."
     )
     if run.adapter.method != FULL:
+        from fullrank.adapters.loading import how_to_load
+
         console.print(
-            f"It loads with peft.PeftModel.from_pretrained(base, {str(out)!r}); see it with "
-            f"fullrank adapters inspect {out}"
+            f"It loads with {how_to_load(out)}; see it with fullrank adapters inspect {out}"
         )

@@ -20,8 +20,8 @@ _PREFIX = re.compile(
     r"|base_model\.model\."  # PEFT
     r"|0\.(?:auto_model|model)\.)"  # SentenceTransformer, whose first module holds the model
 )
-# Parameters of PEFT's LoRA layers.
-_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+\.")
+# Parameters of PEFT's LoRA layers, and of our own tuners'.
+_ADAPTER = re.compile(r"\.(?:lora|lorasb|randlora|flylora|hydra)_[A-Za-z_]+\.")
 # PEFT keeps the wrapped layer as `base_layer` beside its own parameters.
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 
@@ -60,8 +60,8 @@ def model_fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits that tell one architecture from another.
 
     Names and shapes of the parameters count, values do not: what was measured on a model may be
-    applied to its fine-tuned sister, never to a model of another shape. What PEFT's LoRA adds
-    does not count.
+    applied to its fine-tuned sister, never to a model of another shape. What adapters add does
+    not count.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(

@@ -180,8 +180,9 @@ class _Finetuning:
         history, memory, data = read_result(folder, self.identity)
         task = self.task
         if self.config.adapter.method != FULL:
-            peft = require("peft", extra="adapters")
-            tuned = peft.PeftModel.from_pretrained(task.base, str(folder))
+            from fullrank.adapters.loading import put_on
+
+            tuned = put_on(task.base, folder)
             model = task.network if task.network is not task.base else tuned
         else:
             model = tuned = load_model(folder, lambda source: _again(task, source))
