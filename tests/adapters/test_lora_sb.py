@@ -257,6 +257,11 @@ def test_it_is_an_ordinary_lora_for_other_loaders(tmp_path):
     plain = peft.PeftModel.from_pretrained(twin, tmp_path)
     assert plain.peft_config["default"].peft_type == peft.PeftType.LORA
     torch.testing.assert_close(plain(x), model.eval()(x), **NEAR)
+    # PEFT's own conversion decomposes the update, which it finds by get_delta_weight.
+    config, state = peft.convert_to_lora(model, 3)
+    again = peft.get_peft_model(plain.unload(), config)
+    peft.set_peft_model_state_dict(again, state)
+    torch.testing.assert_close(again(x), model(x), **NEAR)
 
 
 def test_dropout_falls_on_the_adapter_alone():

@@ -216,29 +216,23 @@ def _lora_sb(
     *,
     lr: float | None = None,
     n_samples: int = 50,
-    init: Literal["update", "xs"] = "update",
     core_dtype: Any = None,
 ) -> tuple[Any, Found]:
     peft = require("peft", extra="adapters")
     lora_sb = require("fullrank.adapters.lora_sb", extra="adapters")
-    if lr is None and init == "update":
+    if lr is None:
         raise InputError(
             "LoRA-SB needs lr, the learning rate of the first optimizer step: the peak rate "
             "divided by the number of warm-up steps"
         )
-    patterns = patterns_of(request, 1.0)
     config = lora_sb.LoraSBConfig(
-        **patterns,
+        **patterns_of(request, 1.0),
         target_modules=targets_of(request),
         dropout=request.dropout,
         task_type=request.task_type,
-        init=init,
         core_dtype=core_dtype,
-        seed=request.seed,
     )
     model = peft.get_peft_model(request.model, config)
-    if init == "xs":
-        return model, Found()
     model.lora_sb = lora_sb.initialize(
         model,
         request.data,

@@ -75,10 +75,6 @@ class LoraSBLinear(TunerLayer):
         B = self.lorasb_B[adapter_name] @ self.lorasb_R[adapter_name]
         return LowRank(self.lorasb_A[adapter_name].clone(), self.scaling[adapter_name] * B)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is one of rank r."""
-        return True
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         for adapter_name in self.started:

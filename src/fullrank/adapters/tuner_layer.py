@@ -257,6 +257,10 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
         self._unmerged = None
         self.merged_adapters.clear()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may decompose an adapter's update into a LoRA: it adds to the weight."""
+        return True
+
     def _dtype(self, adapter_name: str) -> torch.dtype:
         found: torch.dtype = next(
             getattr(self, held.name)[adapter_name].dtype
