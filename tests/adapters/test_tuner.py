@@ -176,7 +176,8 @@ def test_deleting_leaves_nothing():
     model.add_adapter("b", MiniConfig(target_modules=["0"]))
     model.delete_adapter("b")
     layer = model.base_model.model[0]
-    assert all(list(getattr(layer, name)) == ["default"] for name in layer.other_param_names)
+    for name in (*layer.adapter_layer_names, *layer.other_param_names, "notes"):
+        assert list(getattr(layer, name)) == ["default"]
 
 
 def test_a_file_of_another_base_or_other_layers_is_refused(tmp_path):
