@@ -13,6 +13,8 @@ import torch
 from small_net import TARGETS, samples
 
 from fullrank.adapters.adapt import adapt
+from fullrank.adapters.flylora import FlyLoraConfig
+from fullrank.adapters.hydra import HydraConfig
 from fullrank.adapters.lora_sb import LoraSBConfig
 from fullrank.adapters.randlora import RandLoraConfig
 
@@ -61,6 +63,8 @@ class Case:
         Whether the updates of several add up.
     one_graph
         Whether ``torch.compile`` takes the model whole.
+    merges
+        Whether a weight can do what it does: not where the update depends on the token.
     """
 
     method: str
@@ -72,6 +76,7 @@ class Case:
     several: bool = True
     additive: bool = True
     one_graph: bool = True
+    merges: bool = True
 
     def put(self, model, rank, targets=TARGETS):
         """Put the adapter on a base model, from data where it needs them."""
@@ -105,6 +110,19 @@ def dora(rank, target_modules=None, **options):
     return lora(rank, target_modules, use_dora=True, **options)
 
 
+def all_experts(rank, target_modules=None, **options):
+    return FlyLoraConfig(r=rank, k=rank, target_modules=target_modules or TARGETS, **options)
+
+
+def hydra(rank, target_modules=None, **options):
+    return HydraConfig(
+        r_parallel=rank - rank // 2,
+        r_sequential=rank // 2,
+        target_modules=target_modules or TARGETS,
+        **options,
+    )
+
+
 EVERY = ("linear", "conv1d", "embedding")
 GA = {"resume": resumed_beside_its_start, "bitwise": False, "several": False}
 
@@ -115,6 +133,10 @@ CASES = {
     "eva": Case("eva", lora),
     "lora_ga": Case("lora_ga", lora, **GA),
     "lora_ga, weights kept": Case("lora_ga", lora, {"mode": "subtract_init"}, **GA),
+    "flylora": Case("flylora", ours(FlyLoraConfig, k=1), {"k": 1}, merges=False),
+    "flylora, all experts": Case("flylora", all_experts, {"k": 2}),
+    "hydra": Case("hydra", hydra),
+    "hydra, biases": Case("hydra", hydra, {"branch_bias": True}),
     "randlora": Case("randlora", ours(RandLoraConfig)),
     "lora_sb": Case("lora_sb", ours(LoraSBConfig, init="xs"), {"lr": 1e-2, "n_samples": 20}),
 }

@@ -13,11 +13,19 @@ from fullrank.core.plan import PlanEntry, RankPlan
 
 peft = pytest.importorskip("peft")
 
+from fullrank.adapters.flylora_layer import FlyLoraLinear  # noqa: E402
+from fullrank.adapters.hydra_layer import HydraLinear  # noqa: E402
 from fullrank.adapters.lora_sb_layer import LoraSBLinear  # noqa: E402
 from fullrank.adapters.randlora_layer import RandLoraLinear  # noqa: E402
 
-LAYERS = {"randlora": RandLoraLinear, "lora_sb": LoraSBLinear}
-NEEDED = {"lora_sb": {"lr": 1e-3, "n_samples": 12}}
+LAYERS = {
+    "flylora": FlyLoraLinear,
+    "hydra": HydraLinear,
+    "lora_sb": LoraSBLinear,
+    "randlora": RandLoraLinear,
+}
+# All of two experts: another choice could not be merged.
+NEEDED = {"lora_sb": {"lr": 1e-3, "n_samples": 12}, "flylora": {"k": 2}}
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from cases import CASES, shaken, train, trained  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from small_net import TARGETS, net, samples  # noqa: E402
 
+from fullrank.core.errors import InputError  # noqa: E402
 from fullrank.core.names import model_fingerprint  # noqa: E402
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
@@ -28,6 +29,11 @@ side_by_side = pytest.mark.parametrize(
     "case",
     [case for case in CASES.values() if case.several],
     ids=[name for name, case in CASES.items() if case.several],
+)
+every_merging = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES.values() if case.merges],
+    ids=[name for name, case in CASES.items() if case.merges],
 )
 every_layer = pytest.mark.parametrize("kind", ["linear", "conv1d"])
 
@@ -45,7 +51,7 @@ def base_state(model):
     return {
         name.replace("base_model.model.", "").replace(".base_layer", ""): tensor.clone()
         for name, tensor in model.state_dict().items()
-        if not any(part in name for part in ("lora_", "randlora_", "lorasb_", "ga_start"))
+        if not any(part in name for part in ("lora_", "lorasb_", "hydra_", "ga_start"))
     }
 
 
@@ -75,7 +81,7 @@ def test_the_base_is_recognised_under_it(case):
     assert model_fingerprint(case.put(net(), 2)) == model_fingerprint(net())
 
 
-@every_case
+@every_merging
 @every_layer
 def test_merging_and_unmerging(case, kind):
     model = shaken(case.put(net(kind), 2))
@@ -92,7 +98,18 @@ def test_merging_and_unmerging(case, kind):
     torch.testing.assert_close(merged(IDS), expected, **NEAR)
 
 
-@every_case
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.merges])
+def test_what_no_weight_can_do_is_not_merged(name):
+    model = shaken(CASES[name].put(net(), 2))
+    expected, before = model(IDS), base_state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(InputError, match="depends on the token"):
+            merge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_state(model).items())
+    torch.testing.assert_close(model(IDS), expected, rtol=0, atol=0)
+
+
+@every_merging
 def test_a_safe_merge_of_broken_numbers_changes_nothing(case):
     model = case.put(net(), 2)
     with torch.no_grad():
@@ -189,6 +206,7 @@ def test_adapters_of_two_ranks_side_by_side(case, tmp_path):
     if case.additive:
         torch.testing.assert_close(outputs[0] + outputs[1], outputs[2], **NEAR)
         both = model(IDS)
+    if case.additive and case.merges:
         model.merge_adapter(["default", "b"])
         torch.testing.assert_close(model(IDS), both, **NEAR)
         model.unmerge_adapter()
@@ -229,12 +247,14 @@ def test_a_narrow_base_has_a_wide_adapter(case, tmp_path):
     again = peft.PeftModel.from_pretrained(net(dtype=torch.bfloat16), tmp_path)
     exact = {"rtol": 0, "atol": 0} if case.bitwise else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(again(IDS), expected, **exact)
+    if not case.merges:
+        return
     merged = model.merge_and_unload()(IDS)
     assert merged.dtype == torch.bfloat16
     assert (merged - expected).float().norm() < 0.05 * expected.float().norm()
 
 
-@every_case
+@every_merging
 def test_a_wide_base_has_a_wide_adapter(case):
     model = shaken(case.put(net(dtype=torch.float64), 2))
     assert model(IDS).dtype == torch.float64

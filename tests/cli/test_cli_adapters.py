@@ -201,3 +201,35 @@ def test_the_example_is_a_run_and_names_are_listed(fullrank, tmp_path):
     listed = fullrank("train", "finetune", "--adapters").out
     assert {line.split()[0] for line in listed.splitlines()} == {*METHODS, "full"}
     assert "lora_pro" in fullrank("train", "finetune", "--optimizers").out
+
+
+def test_flylora_tasks_are_merged_side_by_side(base, tmp_path, fullrank):
+    from fullrank.adapters import FlyLoraConfig
+
+    expected = []
+    for seed in range(2):
+        config = FlyLoraConfig(
+            r=4, k=1, seed=seed, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(load(base), config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        model.save_pretrained(tmp_path / f"task{seed}")
+        expected.append(model)
+    found = fullrank(
+        "adapters", "merge", str(tmp_path / "task0"), str(tmp_path / "task1"), "--out",
+        str(tmp_path / "both"), "--base", str(base),
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert "import fullrank.adapters.flylora" in " ".join(found.out.split())
+    merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "both").eval()
+    layer = merged.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(9))
+    parts = []
+    for model in expected:
+        alone = model.base_model.model.model.layers[0].self_attn.q_proj.eval()
+        parts.append(alone(x) - alone.base_layer(x))
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), sum(parts) / 2, rtol=1e-4, atol=1e-5)

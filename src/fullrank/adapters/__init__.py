@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fullrank.adapters.export import check_base as check_base
     from fullrank.adapters.export import save_as_lora as save_as_lora
     from fullrank.adapters.export import to_lora as to_lora
+    from fullrank.adapters.flylora import FlyLoraConfig as FlyLoraConfig
+    from fullrank.adapters.hydra import HydraConfig as HydraConfig
     from fullrank.adapters.lora_files import LowRank as LowRank
     from fullrank.adapters.lora_files import write_lora as write_lora
     from fullrank.adapters.lora_ga import LoraGAReport as LoraGAReport
@@ -40,6 +42,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LoraGAReport": "lora_ga",
         **dict.fromkeys(["LoraSBConfig", "LoraSBReport"], "lora_sb"),
         **dict.fromkeys(["MergeReport", "merge_adapters", "merge_updates"], "merging"),
+        "FlyLoraConfig": "flylora",
+        "HydraConfig": "hydra",
         "RandLoraConfig": "randlora",
     },
 )

@@ -104,13 +104,14 @@ def adapt(
         The base model; an ordinary module.
     method
         ``"lora"``, ``"rslora"``, ``"dora"``, ``"pissa"`` (PEFT's), ``"eva"``, ``"lora_ga"``,
-        ``"lora_sb"``, ``"gradnormlorp"`` (DoRA for ``fullrank.optim.GradNormLoRPAdamW``), or
-        ``"randlora"``.
+        ``"lora_sb"``, ``"flylora"``, ``"hydra"``, ``"gradnormlorp"`` (DoRA for
+        ``fullrank.optim.GradNormLoRPAdamW``), or ``"randlora"``.
     plan
         A rank for each layer: a :class:`~fullrank.core.RankPlan` of purpose ``"adapter"``. EVA
         keeps its ranks unless ``rho`` is given.
     rank
-        The same rank for all instead; 8 when neither is given, for LoRA-SB and RandLoRA 32.
+        The same rank for all instead; 8 when neither is given, for LoRA-SB, FlyLoRA and
+        RandLoRA 32. Hydra shares it between its branches.
     data
         Batches: of the model's arguments (with labels for ``"lora_ga"`` and ``"lora_sb"``), or
         what ``forward_fn`` or ``loss_fn`` take. Methods that need none leave them alone.

@@ -227,9 +227,7 @@ def _lora_sb(
         )
     config = lora_sb.LoraSBConfig(
         **patterns_of(request, 1.0),
-        target_modules=targets_of(request),
-        dropout=request.dropout,
-        task_type=request.task_type,
+        **_shared(request),
         core_dtype=core_dtype,
     )
     model = peft.get_peft_model(request.model, config)
@@ -245,21 +243,64 @@ def _lora_sb(
     return model, Found(captured=model.lora_sb.captured, seconds=model.lora_sb.seconds)
 
 
-def _randlora(request: Request, **options: Any) -> tuple[Any, Found]:
-    peft = require("peft", extra="adapters")
-    config_class = require("fullrank.adapters.randlora", extra="adapters").RandLoraConfig
-    for option in options:
-        if option not in config_class.__dataclass_fields__:
-            raise InputError(f"RandLoraConfig has no {option!r}")
+def _flylora(request: Request, **options: Any) -> tuple[Any, Found]:
+    config_class = _config_class("flylora", "FlyLoraConfig", options)
+    patterns = patterns_of(request, 2.0)
+    # A token takes a quarter of the experts, as in the paper.
+    chosen = {"k": max(1, patterns["r"] // 4), "seed": request.seed, **options}
+    return _tuned(request, config_class(**patterns, **_shared(request), **chosen))
+
+
+def _hydra(request: Request, **options: Any) -> tuple[Any, Found]:
+    config_class = _config_class("hydra", "HydraConfig", options)
+    patterns = patterns_of(request, 1.0)
+    parallel, sequential = _halves(patterns["r"])
+    halves = {name: _halves(rank) for name, rank in patterns["rank_pattern"].items()}
+    scale = 1.0 if request.alpha is None else request.alpha / patterns["r"]
     config = config_class(
-        r=max(request.ranks.values()),
-        alpha=request.alpha,
-        target_modules=targets_of(request),
-        dropout=request.dropout,
-        task_type=request.task_type,
-        **{"projection_key": request.seed, **options},
+        r_parallel=parallel,
+        r_sequential=sequential,
+        alpha=scale * max(parallel, sequential),
+        parallel_pattern={name: p for name, (p, _) in halves.items()},
+        sequential_pattern={name: s for name, (_, s) in halves.items()},
+        alpha_pattern={name: scale * max(both) for name, both in halves.items()},
+        **_shared(request),
+        **options,
     )
-    return peft.get_peft_model(request.model, config), Found()
+    return _tuned(request, config)
+
+
+def _halves(rank: int) -> tuple[int, int]:
+    """Ranks of the parallel and the sequential branch of an update of so much rank."""
+    return rank - rank // 2, rank // 2
+
+
+def _config_class(module: str, name: str, options: Mapping[str, Any]) -> Any:
+    """The configuration of a tuner of ours, once it is known to have these options."""
+    found = getattr(require(f"fullrank.adapters.{module}", extra="adapters"), name)
+    for option in options:
+        if option not in found.__dataclass_fields__:
+            raise InputError(f"{name} has no {option!r}")
+    return found
+
+
+def _shared(request: Request) -> dict[str, Any]:
+    return {
+        "target_modules": targets_of(request),
+        "dropout": request.dropout,
+        "task_type": request.task_type,
+    }
+
+
+def _tuned(request: Request, config: Any) -> tuple[Any, Found]:
+    return require("peft", extra="adapters").get_peft_model(request.model, config), Found()
+
+
+def _randlora(request: Request, **options: Any) -> tuple[Any, Found]:
+    config_class = _config_class("randlora", "RandLoraConfig", options)
+    r, chosen = max(request.ranks.values()), {"projection_key": request.seed, **options}
+    config = config_class(r=r, alpha=request.alpha, **_shared(request), **chosen)
+    return _tuned(request, config)
 
 
 METHODS: Mapping[str, Method] = {
@@ -277,6 +318,10 @@ METHODS: Mapping[str, Method] = {
     ),
     # r^2 numbers a layer: LoRA-SB's r is larger, from 24 in the paper.
     "lora_sb": Method("LoRA-SB", "gradients", _lora_sb, quantised=False, rank=32),
+    # FlyLoRA's r are experts of rank 1, of which a token takes some; Hydra's is shared by a branch
+    # on the layer's input and one on its output.
+    "flylora": Method("FlyLoRA", "nothing", _flylora, rank=32),
+    "hydra": Method("Hydra", "nothing", _hydra),
     # RandLoRA's r is the rank of one of many bases: 32 in PEFT, and a smaller one trains more.
     "randlora": Method("RandLoRA", "nothing", _randlora, rank=32, planned=False),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fullrank.adapters.lora_files import LowRank, trained_whole, update_of, write_lora
 from fullrank.adapters.lora_ga_model import start_of
@@ -47,20 +47,12 @@ def to_lora(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
     >>> {name: tuple(update.B.shape) for name, update in to_lora(tuned).items()}
     {'0': (4, 2)}
     """
-    tuner_layer = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
-    configs = getattr(model, "peft_config", {})
-    if adapter not in configs:
-        raise InputError(f"there is no adapter {adapter!r}; there are {', '.join(configs) or '-'}")
-    start = str(getattr(configs[adapter], "init_lora_weights", ""))
-    if start.startswith(CHANGED_BASE):
+    updates, biases = _folded(model, adapter)
+    for name in biases:
         raise InputError(
-            f"{start} changed the base weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, or use merge_and_unload"
+            f"{name}: the update comes with a bias, which these factors do not hold; save_as_lora "
+            "writes both"
         )
-    updates = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, tuner_layer) and adapter in layer._get_available_adapters():
-            updates[name.removeprefix(_PREFIX)] = _update(name, layer, adapter)
     return updates
 
 
@@ -80,20 +72,44 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     ------
     InputError
         As :func:`to_lora`, and when biases were trained beside the layers. Modules that were
-        trained whole (a classifier) are in the file too, as PEFT writes them.
+        trained whole (a classifier) are in the file too, as PEFT writes them, and biases that come
+        with an update (Hydra's) as PEFT's ``lora_bias``.
 
     Examples
     --------
     >>> save_as_lora(tuned, "adapter")  # doctest: +SKIP
     """
-    updates = to_lora(model, adapter)
+    updates, biases = _folded(model, adapter)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
     if getattr(config, "bias", "none") != "none":
         raise InputError(
             f"adapter {adapter!r} also trained biases, which are no low-rank update; use "
             "model.save_pretrained or merge_and_unload"
         )
-    return write_lora(folder, updates, config, trained_whole(model, adapter))
+    return write_lora(folder, updates, config, trained_whole(model, adapter), biases=biases)
+
+
+def _folded(model: nn.Module, adapter: str) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """Update of each layer, and the bias that comes with it, by names of the base model."""
+    tuner_layer = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
+    configs = getattr(model, "peft_config", {})
+    if adapter not in configs:
+        raise InputError(f"there is no adapter {adapter!r}; there are {', '.join(configs) or '-'}")
+    start = str(getattr(configs[adapter], "init_lora_weights", ""))
+    if start.startswith(CHANGED_BASE):
+        raise InputError(
+            f"{start} changed the base weights; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or use merge_and_unload"
+        )
+    updates, biases = {}, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, tuner_layer) and adapter in layer._get_available_adapters():
+            plain = name.removeprefix(_PREFIX)
+            updates[plain] = _update(name, layer, adapter)
+            bias = layer.get_delta_bias(adapter) if hasattr(layer, "get_delta_bias") else None
+            if bias is not None:
+                biases[plain] = bias
+    return updates, biases
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:

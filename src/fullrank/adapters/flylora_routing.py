@@ -56,10 +56,11 @@ def sparse_projection(r: int, n: int, density: float, seed: int = 0) -> Tensor:
         raise InputError(f"density={density}; it is above 0 and at most 1")
     # 0.29 of 100 is 29, though the product of both floats is below it.
     per_row = max(1, math.floor(density * n + 1e-9))
+    # Also where layers are made without memory: what is drawn here is not drawn again.
     generator = torch.Generator().manual_seed(seed)
-    where = torch.rand(r, n, generator=generator).topk(per_row, dim=1).indices
-    values = torch.randn(r, per_row, generator=generator) / r
-    return torch.zeros(r, n).scatter_(1, where, values)
+    where = torch.rand(r, n, generator=generator, device="cpu").topk(per_row, dim=1).indices
+    values = torch.randn(r, per_row, generator=generator, device="cpu") / r
+    return torch.zeros(r, n, device="cpu").scatter_(1, where, values)
 
 
 def route(y: Tensor, d: Tensor, k: int, score: Score = "abs") -> Tensor:

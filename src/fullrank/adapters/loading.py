@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def put_on(model: Any, folder: str | Path) -> Any:
     peft = require("peft", extra="adapters")
     make_known(str(read_config(folder).get("peft_type")))
     return peft.PeftModel.from_pretrained(model, str(folder))
+
+
+def save_alone(model: Any, adapter: str, folder: str | Path) -> Path:
+    """Write one of several adapters into a folder, without one of its name below it."""
+    target = Path(folder)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as part:
+        model.save_pretrained(part, selected_adapters=[adapter])
+        (Path(part) / adapter).replace(target)
+    return target
 
 
 def how_to_load(folder: str | Path) -> str:

@@ -50,6 +50,7 @@ def write_lora(
     config: Any,
     whole: Mapping[str, Tensor] | None = None,
     beside: Mapping[str, bytes] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write low-rank updates as a LoRA adapter, whole or not at all.
 
@@ -65,6 +66,9 @@ def write_lora(
         Tensors of modules that were trained whole, as :func:`trained_whole` gives them.
     beside
         Other files to write with it, by name.
+    biases
+        Name of a module -> what is added to its output whatever the input, ``(out,)``: the file is
+        one of PEFT's ``lora_bias``.
 
     Raises
     ------
@@ -103,12 +107,16 @@ def write_lora(
         revision=config.revision,
         fan_in_fan_out=getattr(config, "fan_in_fan_out", False),
         modules_to_save=config.modules_to_save if whole else None,
+        lora_bias=bool(biases),
         inference_mode=True,
     )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (whole or {}).items()}
     for name, (A, B) in updates.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+        if biases:
+            bias = biases.get(name, B.new_zeros(len(B))).to(B)
+            tensors[f"base_model.model.{name}.lora_B.bias"] = bias.detach().cpu().contiguous()
     target = Path(folder)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)

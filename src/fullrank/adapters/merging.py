@@ -104,12 +104,13 @@ def merge_adapters(
     into: str = "merged",
     rank: int | None = None,
 ) -> MergeReport:
-    """Add to a PEFT model one LoRA adapter that is the weighted sum of several.
+    """Add to a PEFT model one adapter that is the weighted sum of several.
 
     Parameters
     ----------
     model
-        A ``PeftModel`` of LoRA adapters; their ranks, scalings and layers may differ.
+        A ``PeftModel`` of LoRA adapters, or of FlyLoRA ones: these stay side by side in the merged
+        one, which loses nothing. Ranks, scalings and layers may differ.
     adapters
         Names of those to merge. They stay as they are, and the active one stays active.
     weights
@@ -138,11 +139,15 @@ def merge_adapters(
         raise InputError(f"adapters={names}; each is named once, use weights to repeat one")
     if not into or into in configs:
         raise InputError(f"into={into!r}; it is the name of a new adapter")
+    kinds = {configs[name].peft_type.value for name in names if name in configs}
+    if kinds == {"FULLRANK_FLYLORA"}:
+        return _side_by_side(model, names, weights, into, rank)
     for name in names:
         if name in configs and configs[name].peft_type != peft.PeftType.LORA:
             raise InputError(
                 f"{name!r} is a {configs[name].peft_type.value} adapter; merge_adapters puts LoRA "
-                "ones together. Use merge_updates on their low-rank updates, or merge_and_unload"
+                "or FlyLoRA ones together. Use merge_updates on their low-rank updates, or "
+                "merge_and_unload"
             )
     if any(changed_base(module) for module in model.modules()):
         # Updates are of the weights as they were; a new adapter here would add to changed ones.
@@ -175,6 +180,18 @@ def merge_adapters(
             layer.lora_A[into].weight.copy_(update.A)
             layer.lora_B[into].weight.copy_(update.B)
     return report
+
+
+def _side_by_side(
+    model: Any, names: Sequence[str], weights: Sequence[float] | None, into: str, rank: int | None
+) -> MergeReport:
+    from fullrank.adapters import flylora
+
+    if rank is not None:
+        raise InputError("FlyLoRA's experts are not cut to a rank: which add up depends on tokens")
+    merged = flylora.merge_adapters(model, names, weights, into)
+    experts = {name: LowRank(part.A, part.scale * part.B) for name, part in merged.items()}
+    return MergeReport(experts, dict.fromkeys(experts, 0.0))
 
 
 def _factorised(parts: Sequence[LowRank], rank: int | None) -> tuple[LowRank, float]:

@@ -8,6 +8,8 @@ from typing import Any
 from fullrank.core.errors import require
 
 TUNERS: Mapping[str, str] = {
+    "FULLRANK_FLYLORA": "fullrank.adapters.flylora",
+    "FULLRANK_HYDRA": "fullrank.adapters.hydra",
     "FULLRANK_LORA_SB": "fullrank.adapters.lora_sb",
     "FULLRANK_RANDLORA": "fullrank.adapters.randlora",
 }

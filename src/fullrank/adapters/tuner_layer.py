@@ -118,6 +118,11 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def inputs(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Return what an adapter is given of the layer's input: by default after its dropout."""
+        dropped: Tensor = self.dropout[adapter_name](x)
+        return dropped
+
     def add_update(self, adapter_name: str, result: Tensor, x: Tensor, base: Tensor) -> Tensor:
         """Return ``result`` with what an adapter adds to the output.
 
@@ -197,8 +202,8 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
         result = base
         for name in self.active_adapters:
             if name in self.r:
-                inputs = self._cast_input_dtype(x, self._dtype(name))
-                result = self.add_update(name, result, self.dropout[name](inputs), base)
+                inputs = self.inputs(name, self._cast_input_dtype(x, self._dtype(name)))
+                result = self.add_update(name, result, inputs, base)
         return result.to(base.dtype)
 
     @torch.no_grad()

@@ -94,10 +94,12 @@ def merge(
     ] = None,
     base: Base = None,
 ) -> None:
-    """Merge several adapters of one base model into one LoRA: the weighted sum of their updates.
+    """Merge several adapters of one base model into one: the weighted sum of their updates.
 
     Sums products B A, never factors; with --rank, keeps the best approximation and says what it
-    lost. Example: fullrank adapters merge math code --weights 0.5,0.5 --rank 16 --out both
+    lost. FlyLoRA's experts are put side by side instead, which loses nothing.
+
+    Example: fullrank adapters merge math code --weights 0.5,0.5 --rank 16 --out both
     """
     from fullrank.adapters import merge_updates, read_lora, to_lora, write_lora
     from fullrank.adapters.loading import how_to_load, load_adapter
@@ -106,6 +108,9 @@ def merge(
     _free(out)
     if len(folders) < 2:
         raise InputError("give at least two folders; one alone is changed by convert")
+    if {read_config(folder).get("peft_type") for folder in folders} == {"FULLRANK_FLYLORA"}:
+        _side_by_side(folders, out, _numbers(weights), rank, base)
+        return
     updates, configs = [], []
     for folder in folders:
         if read_config(folder).get("peft_type") == "LORA":
@@ -129,6 +134,28 @@ def merge(
         )
     report = merge_updates(updates, _numbers(weights), rank)
     write_lora(out, report.updates, configs[0])
+    console = Console()
+    console.print(report.table())
+    console.print(f"{out} loads with {how_to_load(out)}")
+
+
+def _side_by_side(
+    folders: list[Path],
+    out: Path,
+    weights: list[float] | None,
+    rank: int | None,
+    base: str | None,
+) -> None:
+    from fullrank.adapters import merge_adapters
+    from fullrank.adapters.loading import how_to_load, load_adapter, save_alone
+
+    model = load_adapter(folders[0], base)
+    names = ["default"]
+    for number, folder in enumerate(folders[1:], 1):
+        names.append(f"task{number}")
+        model.load_adapter(str(folder), names[-1])
+    report = merge_adapters(model, names, weights, rank=rank)
+    save_alone(model, "merged", out)
     console = Console()
     console.print(report.table())
     console.print(f"{out} loads with {how_to_load(out)}")

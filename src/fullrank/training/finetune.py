@@ -280,7 +280,7 @@ class _Finetuning:
             from fullrank.training.finetune_trainer import FinetuneTrainer
             from fullrank.training.lm_trainer import arguments
 
-            return FinetuneTrainer(
+            made = FinetuneTrainer(
                 task=task,
                 counted=counted,
                 autocast=task.autocast,
@@ -288,6 +288,10 @@ class _Finetuning:
                 args=arguments(self.config.loop, workplace, self.device),
                 **given,
             )
+            for module in model.modules():
+                for callback in getattr(module, "trainer_callbacks", list)():
+                    made.add_callback(callback)
+            return made
 
         return Parts(
             model,
