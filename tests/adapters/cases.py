@@ -59,6 +59,8 @@ class Case:
         A file gives the very numbers that were saved, and the base is under it untouched.
     several
         Whether others stand beside it: not where its start was taken out of the weight.
+    low_rank
+        Whether its update is one, and may be saved as LoRA's.
     additive
         Whether the updates of several add up.
     one_graph
@@ -74,6 +76,7 @@ class Case:
     resume: Callable[..., Any] = resumed
     bitwise: bool = True
     several: bool = True
+    low_rank: bool = True
     additive: bool = True
     one_graph: bool = True
     merges: bool = True
@@ -129,15 +132,17 @@ GA = {"resume": resumed_beside_its_start, "bitwise": False, "several": False}
 CASES = {
     "lora": Case("lora", lora, layers=EVERY),
     # PEFT's DoRA scales the whole weight, and looks at its class in a way that breaks graphs.
-    "gradnormlorp": Case("gradnormlorp", dora, layers=EVERY, additive=False, one_graph=False),
+    "gradnormlorp": Case(
+        "gradnormlorp", dora, layers=EVERY, low_rank=False, additive=False, one_graph=False
+    ),
     "eva": Case("eva", lora),
     "lora_ga": Case("lora_ga", lora, **GA),
     "lora_ga, weights kept": Case("lora_ga", lora, {"mode": "subtract_init"}, **GA),
-    "flylora": Case("flylora", ours(FlyLoraConfig, k=1), {"k": 1}, merges=False),
+    "flylora": Case("flylora", ours(FlyLoraConfig, k=1), {"k": 1}, low_rank=False, merges=False),
     "flylora, all experts": Case("flylora", all_experts, {"k": 2}),
     "hydra": Case("hydra", hydra),
     "hydra, biases": Case("hydra", hydra, {"branch_bias": True}),
-    "randlora": Case("randlora", ours(RandLoraConfig)),
+    "randlora": Case("randlora", ours(RandLoraConfig), low_rank=False),
     "lora_sb": Case("lora_sb", ours(LoraSBConfig, init="xs"), {"lr": 1e-2, "n_samples": 20}),
 }
 

@@ -17,6 +17,7 @@ from cases import CASES, shaken, train, trained  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from small_net import TARGETS, net, samples  # noqa: E402
 
+from fullrank.adapters.export import save_as_lora  # noqa: E402
 from fullrank.core.errors import InputError  # noqa: E402
 from fullrank.core.names import model_fingerprint  # noqa: E402
 
@@ -171,6 +172,21 @@ def start(job, folder, *options):
 def test_a_file_in_another_process(name, loaded_elsewhere):
     expected, found = loaded_elsewhere[name]
     torch.testing.assert_close(found, expected, **NEAR)
+
+
+@every_case
+@every_layer
+def test_it_is_an_ordinary_lora_or_says_why_not(case, kind, tmp_path):
+    model = shaken(case.put(net(kind), 2))
+    if not case.low_rank:
+        why = r"not of low rank.*use merge_and_unload" if case.merges else "depends on the token"
+        with pytest.raises(InputError, match=f"wide.*{why}"):
+            save_as_lora(model, tmp_path / "plain")
+        return
+    save_as_lora(model, tmp_path / "plain")
+    again = peft.PeftModel.from_pretrained(net(kind), tmp_path / "plain")
+    assert again.peft_config["default"].peft_type == peft.PeftType.LORA
+    torch.testing.assert_close(again(IDS), model(IDS), **NEAR)
 
 
 @every_case

@@ -152,7 +152,7 @@ def _update(name: str, layer: Any, adapter: str) -> LowRank:
         try:
             found: LowRank = layer.to_lora(adapter)
         except InputError as error:
-            raise InputError(f"{plain}: {error}; use merge_and_unload") from error
+            raise InputError(f"{plain}: {error}") from error
         return found
     if adapter not in getattr(layer, "lora_A", {}) or adapter in layer.lora_variant:
         raise InputError(

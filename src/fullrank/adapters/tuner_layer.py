@@ -147,7 +147,9 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
         InputError
             When it is not of low rank.
         """
-        raise InputError(f"the update of a {type(self).__name__} is not of low rank")
+        raise InputError(
+            f"the update of a {type(self).__name__} is not of low rank; use merge_and_unload"
+        )
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
