@@ -47,8 +47,9 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     first = run(
-        encoder, "--out", tmp_path / "a", "--keep", 0.6, "--calibrate", texts, "--no-recover"
-    )
+        encoder, "--out", tmp_path / "a", "--keep", 0.6, "--calibrate", texts,
+        "--no-recover", "--any-speed",
+    )  # fmt: skip
     assert first.exit_code == 0, first.output
     plan = RankPlan.load(tmp_path / "a" / "plan.json")
     assert plan.savings().kept <= 0.6
@@ -57,7 +58,7 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
     assert len(layers) == sum(e.rank is not None for e in plan.values()) > 0
     second = run(
         encoder, "--out", tmp_path / "b", "--plan", tmp_path / "a" / "plan.json",
-        "--calibrate", texts.with_suffix(".jsonl"), "--no-recover",
+        "--calibrate", texts.with_suffix(".jsonl"), "--no-recover", "--any-speed",
     )  # fmt: skip
     assert second.exit_code == 0, second.output
     other = SentenceTransformer(str(tmp_path / "b"), device="cpu")
@@ -68,7 +69,7 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
 @pytest.mark.parametrize("method", ["lord", "pca", "svd", "gauss_newton"])
 def test_methods_that_calibrate(encoder, texts, tmp_path, method):
     out = tmp_path / "out"
-    given = ["--keep", 0.6, "--calibrate", texts, "--method", method, "--no-recover"]
+    given = ["--keep", 0.6, "--calibrate", texts, "--method", method, "--no-recover", "--any-speed"]
     result = run(encoder, "--out", out, *given)
     assert result.exit_code == 0, result.output
     assert 0 < RankPlan.load(out / "plan.json").savings().kept <= 0.6
@@ -89,12 +90,22 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
         ([], "give one of --floor"),
         (["--keep", 0.5, "--floor", "RR>=90%"], "give one of --floor"),
         (["--floor", "RR>=90%"], "pass --data"),
+        (["--floor", "RR<=90%", "--data", "pydocs"], "higher RR is better"),
+        (["--floor", "bpb>=90%", "--data", "pydocs"], "lower bits per byte is better"),
+        (["--floor", "m<=90%", "--metric", "a:b"], "at least 100 %"),
+        (["--floor", "m>=90%", "--metric", "a", "--calibrate", "{texts}"], "module:function"),
+        (["--floor", "m>=9", "--metric", "no_such:f", "--calibrate", "{texts}"], "No module"),
+        (["--floor", "m>=9", "--metric", "math:no", "--calibrate", "{texts}"], "has no 'no'"),
+        (["--floor", "m>=9", "--metric", "math:pi", "--calibrate", "{texts}"], "a float"),
+        (["--keep", 0.5, "--metric", "math:pi"], "give a floor"),
+        (["--keep", 0.5, "--method", "svd,lord", "--calibrate", "{texts}"], "by --floor only"),
+        (["--keep", 0.5, "--method", "trp"], "call fullrank.compress.TRP"),
+        (["--keep", 0.5, "--method", "pela"], "pela trains"),
         (["--keep", 1.5], "--keep 1.5"),
         (["--keep", 0.5, "--method", "maestro"], "call fullrank.compress.Maestro"),
         (["--keep", 0.5, "--method", "qr"], "it is one of gauss_newton"),
-        (["--floor", "RR>=90%", "--data", "pydocs", "--method", "welore"], "not with welore"),
         (["--keep", 0.01, "--method", "welore"], "welore keeps at least"),
-        (["--keep", 0.5], "needs texts"),
+        (["--keep", 0.5], "needs texts to calibrate on"),
         (["--keep", 0.5, "--calibrate", "texts.pdf"], "come as .txt or .jsonl"),
         (["--keep", 0.5, "--calibrate", "absent.txt"], "cannot be read"),
         (["--keep", 0.5, "--data", "nowhere"], "'nowhere' is no collection"),
@@ -114,7 +125,7 @@ def test_a_folder_in_use_is_left_alone(encoder):
     assert "exists already" in str(result.exception)
 
 
-def test_an_interruption_while_writing_leaves_nothing(encoder, texts, tmp_path, monkeypatch):
+def test_an_interruption_while_writing_leaves_no_model(encoder, texts, tmp_path, monkeypatch):
     given = [
         encoder,
         "--out",
@@ -124,17 +135,21 @@ def test_an_interruption_while_writing_leaves_nothing(encoder, texts, tmp_path, 
         "--calibrate",
         texts,
         "--no-recover",
+        "--any-speed",
     ]
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    before = set(tmp_path.iterdir())
+    before = set(tmp_path.iterdir()) | {tmp_path / "out"}
     with monkeypatch.context() as patched:
         patched.setattr(RankPlan, "save", interrupted)
         assert run(*given).exit_code == 130
+    # What was calibrated is kept; of the model nothing is there.
     assert set(tmp_path.iterdir()) == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
     again = run(*given)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "plan.json").is_file()
-    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
+    assert set(tmp_path.iterdir()) == before
+    assert not (tmp_path / "out" / ".work").exists()

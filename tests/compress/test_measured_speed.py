@@ -11,6 +11,7 @@ from fullrank.compress import (
     Fixed,
     LowRankLinear,
     PlanFamily,
+    RankPlan,
     factorize,
     faster_only,
     make_plan,
@@ -58,7 +59,9 @@ def test_slower_layers_stay_dense_and_say_so(clock):
     found = faster_only(model, plan, example())
     assert {n: e.rank for n, e in found.items()} == {"0": 2, "1": None, "4": 2, "5": None}
     assert found["5"].reason.endswith("left dense, 1e+03 ms dense, 1.5e+03 ms at rank 2 on 4 x 12")
-    assert found["4"] == plan["4"]
+    assert found["4"].options["seconds"] == {"dense": 1.0, "factorised": 0.5, "input": [4, 32]}
+    assert found["5"].options["seconds"] == {"dense": 1.0, "factorised": 1.5, "input": [4, 12]}
+    assert RankPlan.from_json(found.to_json()) == found
     assert found["1"].scheme == "channel"
     assert model.training
     assert found.fingerprint == plan.fingerprint

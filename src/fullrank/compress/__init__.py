@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fullrank.compress.distill import Distillation as Distillation
     from fullrank.compress.factorization import factorize as factorize
     from fullrank.compress.family import PlanFamily as PlanFamily
+    from fullrank.compress.family_weights import WeightFamily as WeightFamily
     from fullrank.compress.floor import shrink as shrink
     from fullrank.compress.greenformers import greenformers as greenformers
     from fullrank.compress.greenformers import greenformers_plan as greenformers_plan
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from fullrank.compress.pela import pela_compress as pela_compress
     from fullrank.compress.pela import pela_plan as pela_plan
     from fullrank.compress.pela_loss import PELALoss as PELALoss
+    from fullrank.compress.pela_recovery import PELARecovery as PELARecovery
     from fullrank.compress.planning import layer_spectra as layer_spectra
     from fullrank.compress.planning import make_plan as make_plan
     from fullrank.compress.report import report as report
     from fullrank.compress.rules_threshold import ImportanceThreshold as ImportanceThreshold
     from fullrank.compress.rules_threshold import NormalisedThreshold as NormalisedThreshold
     from fullrank.compress.rules_threshold import solve_for_reduction as solve_for_reduction
+    from fullrank.compress.search_record import SearchRecord as SearchRecord
     from fullrank.compress.semi_nmf import semi_nmf as semi_nmf
     from fullrank.compress.solvers import Decomposition as Decomposition
     from fullrank.compress.solvers import Factors as Factors
@@ -72,9 +75,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "shrink": "floor",
         "factorisable": "targets",
         "PlanFamily": "family",
+        "WeightFamily": "family_weights",
         "factorize": "factorization",
         **dict.fromkeys(["greenformers", "greenformers_plan"], "greenformers"),
         "report": "report",
+        "SearchRecord": "search_record",
         "LowRankLinear": "layers",
         **dict.fromkeys(["LoRDConfig", "lord_compress"], "lord"),
         "Maestro": "maestro",
@@ -82,6 +87,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "faster_only": "measured_speed",
         "pela_compress": "pela",
         "PELALoss": "pela_loss",
+        "PELARecovery": "pela_recovery",
         "PELATrainer": "pela_trainer",
         "MaestroTrainer": "maestro_trainer",
         "TRPCallback": "trp_callback",

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fullrank.compress.batches import Batches, Output, attention_mask, output_of
+from fullrank.compress.distill_checkpoint import RecoveryCheckpoint
 from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
@@ -49,6 +51,9 @@ class Distillation:
         Of the order of batches.
     progress
         Show a bar.
+    checkpoint
+        File in which an unfinished recovery is kept: called again with the same student, it goes
+        on there and ends as if it had not been interrupted. Removed at the end.
 
     Attributes
     ----------
@@ -78,6 +83,7 @@ class Distillation:
     autocast: torch.dtype | None = None
     seed: int = 0
     progress: bool = False
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.lr > 0:
@@ -118,10 +124,19 @@ class Distillation:
     def _train_steps(self, student: nn.Module, parameters: list[Tensor]) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         generator = torch.Generator().manual_seed(self.seed + 1)
-        start = time.monotonic()
+        kept = self._checkpoint(parameters)
+        first, spent = (0, 0.0) if kept is None else kept.resume(optimizer)
+        start = time.monotonic() - spent
         order: list[int] = []
         with progress_bar("recover", self.steps, self.progress, "steps") as advance:
             for step in range(self.steps):
+                if not order:
+                    shuffle = torch.randperm(len(self._train), generator=generator)
+                    order = [self._train[i] for i in shuffle.tolist()]
+                index = order.pop()
+                if step < first:
+                    advance(1)
+                    continue
                 done = step / self.steps
                 if self.seconds is not None:
                     done = max(done, (time.monotonic() - start) / self.seconds)
@@ -130,15 +145,24 @@ class Distillation:
                 rate = self.lr * min(1.0, (step + 1) / max(1, self.steps // 10)) * (1 - done)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                if not order:
-                    shuffle = torch.randperm(len(self._train), generator=generator)
-                    order = [self._train[i] for i in shuffle.tolist()]
-                loss = self._loss(student, order.pop())
+                loss = self._loss(student, index)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
+                if kept is not None:
+                    kept.write(optimizer, step + 1, time.monotonic() - start)
                 advance(1)
+        if kept is not None:
+            kept.remove()
+
+    def _checkpoint(self, parameters: list[Tensor]) -> RecoveryCheckpoint | None:
+        if self.checkpoint is None:
+            return None
+        names = ("steps", "lr", "seconds", "seed", "alpha", "beta", "eps")
+        settings = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        shapes = [len(self._batches), type(self).__name__]
+        return RecoveryCheckpoint(self.checkpoint, parameters, {**settings, "batches": shapes})
 
     def _loss(self, student: nn.Module, index: int) -> Tensor:
         batch = self._batches[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import nn
@@ -25,6 +25,20 @@ from fullrank.core.plan import RankPlan
 from fullrank.core.rank_rules import LayerSpectrum, ParamRatio
 
 Allocation = Literal["sensitivity", "uniform"]
+
+
+class Family(Protocol):
+    """Plans and models of every size, by one method."""
+
+    @property
+    def smallest(self) -> float:
+        """Share of the layers' parameters that the smallest plan keeps."""
+
+    def plan(self, keep: float) -> RankPlan:
+        """Return the plan that keeps this share of the layers' parameters."""
+
+    def build(self, plan: RankPlan) -> nn.Module:
+        """Return a copy of the model, shrunk by a plan of this family."""
 
 
 class PlanFamily:

@@ -55,8 +55,9 @@ def faster_only(model: nn.Module, plan: RankPlan, example: Batch) -> RankPlan:
     Returns
     -------
     RankPlan
-        Entries of slower layers have no rank and say what was measured. A layer that the model
-        does not use on the example keeps its entry.
+        Entries of slower layers have no rank and say what was measured. The option ``"seconds"``
+        of every timed layer keeps both times and the input's shape. A layer that the model does
+        not use on the example keeps its entry.
 
     Raises
     ------
@@ -82,14 +83,20 @@ def faster_only(model: nn.Module, plan: RankPlan, example: Batch) -> RankPlan:
         if name not in inputs:
             return entry
         found = layer_timing(targets[name], entry, inputs[name])
+        shape = list(inputs[name].shape)
+        measured = {"dense": found.dense, "factorised": found.factorised, "input": shape}
+        timed = replace(entry, options={**entry.options, "seconds": measured})
         if found.factorised < found.dense:
-            return entry
+            return timed
         times = f"{found.dense * 1e3:.3g} ms dense, {found.factorised * 1e3:.3g} ms at rank"
-        shape = " x ".join(map(str, inputs[name].shape))
-        reason = f"{entry.reason}: left dense, {times} {entry.rank} on {shape}"
-        return replace(entry, rank=None, reason=reason.removeprefix(": "))
+        reason = f"{entry.reason}: left dense, {times} {entry.rank} on {_times(shape)}"
+        return replace(timed, rank=None, reason=reason.removeprefix(": "))
 
     return plan.map(kept)
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def layer_timing(module: nn.Module, entry: PlanEntry, x: Tensor) -> Timing:

@@ -7,17 +7,19 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from fullrank.compress.calibration import CalibrationStats
-from fullrank.compress.family import Allocation, PlanFamily
-from fullrank.compress.planning import layer_spectra, make_plan
+from fullrank.compress.family import Allocation, Family, PlanFamily
+from fullrank.compress.family_weights import WeightFamily, WeightMethod
 from fullrank.compress.solvers import Method
-from fullrank.compress.welore import WeLoreConfig, welore_plan
+from fullrank.compress.targets import Patterns
+from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
-from fullrank.core.rank_rules import FractionOfBreakEven
 
-OneShot = Literal["gauss_newton", "lord", "output_pca", "pca", "svd", "greenformers", "welore"]
+OneShot = Literal[
+    "gauss_newton", "lord", "output_pca", "pca", "svd", "greenformers", "welore", "pela"
+]
 
-# Solver and allocation of the methods that PlanFamily makes, and that a search can walk along.
+# Solver and allocation of the methods that PlanFamily makes.
 FAMILIES: dict[str, tuple[Method, Allocation]] = {
     "gauss_newton": ("gauss_newton", "sensitivity"),
     "lord": ("output_pca", "sensitivity"),
@@ -26,14 +28,13 @@ FAMILIES: dict[str, tuple[Method, Allocation]] = {
     "svd": ("svd", "sensitivity"),
 }
 # Those that look at the weights alone.
-DATA_FREE = ("greenformers", "welore")
+DATA_FREE: tuple[WeightMethod, ...] = get_args(WeightMethod)
 _TRAINED = {
-    "pela": "fullrank.compress.pela_compress and PELATrainer",
-    "trp": "fullrank.compress.TRP and TRPCallback",
-    "maestro": "fullrank.compress.Maestro and MaestroTrainer",
+    "trp": "it pushes the weights to low rank all through a training on the task's own loss; "
+    "call fullrank.compress.TRP in that training, or TRPCallback in a Trainer",
+    "maestro": "one training on the task's own loss, which draws a rank at every step, makes all "
+    "sizes; call fullrank.compress.Maestro in that training, or MaestroTrainer",
 }
-# Halvings of the threshold's range: beyond this two thresholds are one number.
-_HALVINGS = 60
 
 
 def check_one_shot(method: str) -> OneShot:
@@ -43,16 +44,22 @@ def check_one_shot(method: str) -> OneShot:
     'welore'
     """
     if method in _TRAINED:
-        raise InputError(f"{method} shrinks by training: call {_TRAINED[method]}")
+        raise InputError(f"{method} does not start from a finished model: {_TRAINED[method]}")
     if method not in get_args(OneShot):
         raise InputError(f"method {method!r}; it is one of {', '.join(get_args(OneShot))}")
     return cast(OneShot, method)
 
 
-def plan_for_share(
-    model: nn.Module, method: OneShot, keep: float, stats: CalibrationStats | None = None
-) -> RankPlan:
-    """Plan by a one-shot method so that at most a share of the layers' parameters is left.
+def family_for(
+    model: nn.Module,
+    method: OneShot,
+    stats: CalibrationStats | None = None,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    faster_on: Batch | None = None,
+) -> Family:
+    """Return the plans of every size by a method, named as the command line names it.
 
     Parameters
     ----------
@@ -62,11 +69,48 @@ def plan_for_share(
         ``"gauss_newton"`` (ours); ``"lord"`` (feature PCA, ranks for the whole model; also
         ``"output_pca"``), ``"pca"`` (feature PCA, the same share for every layer), ``"svd"`` (of
         the weights, ranks for the whole model), ``"greenformers"`` (SVD, a share of each layer's
-        break-even rank) and ``"welore"`` (the smallest threshold that does).
+        break-even rank), ``"welore"`` (the smallest threshold that does) and ``"pela"`` (SVD, the
+        same share for every layer, to be trained).
+    stats
+        What the layers saw; the last three do without.
+    include, exclude
+        Name patterns; see :func:`~fullrank.compress.make_plan`.
+    faster_on
+        See :class:`~fullrank.compress.PlanFamily`.
+
+    Raises
+    ------
+    InputError
+        Without the statistics a method needs.
+    """
+    if method in DATA_FREE:
+        free = cast(WeightMethod, method)
+        return WeightFamily(model, free, include=include, exclude=exclude, faster_on=faster_on)
+    if stats is None:
+        raise InputError(f"method {method!r} needs calibration data")
+    solver, allocation = FAMILIES[method]
+    return PlanFamily(
+        model,
+        stats,
+        method=solver,
+        allocation=allocation,
+        include=include,
+        exclude=exclude,
+        faster_on=faster_on,
+    )
+
+
+def plan_for_share(
+    model: nn.Module, method: OneShot, keep: float, stats: CalibrationStats | None = None
+) -> RankPlan:
+    """Plan by a method so that at most a share of the layers' parameters is left.
+
+    Parameters
+    ----------
+    model, method, stats
+        See :func:`family_for`.
     keep
         Share, in (0, 1].
-    stats
-        What the layers saw; all but ``"greenformers"`` and ``"welore"`` need them.
 
     Raises
     ------
@@ -79,34 +123,4 @@ def plan_for_share(
     >>> plan["0"].rank, plan.savings().kept
     (4, 0.5)
     """
-    if not 0 < keep <= 1:
-        raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
-    if method == "greenformers":
-        return make_plan(model, FractionOfBreakEven(keep))
-    if method == "welore":
-        return _welore(model, keep)
-    if stats is None:
-        raise InputError(f"method {method!r} needs calibration data")
-    solver, allocation = FAMILIES[method]
-    return PlanFamily(model, stats, method=solver, allocation=allocation).plan(keep)
-
-
-def _welore(model: nn.Module, keep: float) -> RankPlan:
-    """Bisect the threshold: what is kept never grows with it."""
-    spectra = layer_spectra(model)
-
-    def plan(theta: float) -> RankPlan:
-        return welore_plan(model, WeLoreConfig(theta=theta), spectra)
-
-    low, high = 0.0, 1.0
-    best = plan(high)
-    if (least := best.savings().kept) > keep:
-        raise InputError(f"welore keeps at least {least:.1%} of these layers; {keep:.1%} was asked")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        tried = plan(middle)
-        if tried.savings().kept <= keep:
-            best, high = tried, middle
-        else:
-            low = middle
-    return best
+    return family_for(model, method, stats).plan(keep)

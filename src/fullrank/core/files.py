@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -36,13 +37,25 @@ def atomic_write(path: str | Path, data: bytes) -> Path:
     >>> target.read_bytes()
     b'hello'
     """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("xb") as file:
+            file.write(data)
+
+    return atomic_write_by(path, write)
+
+
+def atomic_write_by(path: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let a function write a file under a temporary name; flush it, then rename it into place.
+
+    For writers that take a path and no bytes.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
         sync_folder(target.parent)

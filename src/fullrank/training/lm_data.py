@@ -142,7 +142,7 @@ class LMData:
             When there is less than one sequence in a part.
         """
         train = Blocks(encode(tokenizer, texts.parts["train"]), context)
-        dev_text = _first(texts.parts["dev"], dev_bytes)
+        dev_text = first_bytes(texts.parts["dev"], dev_bytes)
         ids = encode(tokenizer, dev_text)
         dev = Blocks(ids, context, rest=True)
         for name, blocks in (("train", train), ("dev", dev)):
@@ -155,7 +155,7 @@ class LMData:
         return cls(train, dev, size / len(ids))
 
 
-def _first(documents: Sequence[str], size: int) -> list[str]:
+def first_bytes(documents: Sequence[str], size: int) -> list[str]:
     """Take documents from the start until there are so many bytes; cut the last one."""
     taken: list[str] = []
     for text in documents:

@@ -1,0 +1,111 @@
+"""Families of plans of the methods that look at the weights alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+from torch import nn
+
+from fullrank.compress.factorization import factorize
+from fullrank.compress.measured_speed import faster_only
+from fullrank.compress.pela import pela_plan
+from fullrank.compress.planning import layer_spectra, make_plan
+from fullrank.compress.targets import Patterns
+from fullrank.compress.welore import WeLoreConfig, welore_plan
+from fullrank.core.batches import Batch
+from fullrank.core.errors import InputError
+from fullrank.core.plan import RankPlan
+from fullrank.core.rank_rules import FractionOfBreakEven
+
+WeightMethod = Literal["greenformers", "welore", "pela"]
+
+# Halvings of the threshold's range: beyond this two thresholds are one number.
+_HALVINGS = 60
+
+
+class WeightFamily:
+    """Plans and models of every size by a method that needs no data.
+
+    Every layer's spectrum is computed once.
+
+    Parameters
+    ----------
+    model
+        The dense model; it is not changed.
+    method
+        ``"greenformers"``: the same share of each layer's break-even rank. ``"welore"``: the
+        smallest threshold at which no more than the share is left; layers that lose few
+        directions stay dense. ``"pela"``: the same share of each layer's parameters, which PELA
+        then trains.
+    include, exclude
+        Name patterns; see :func:`~fullrank.compress.make_plan`.
+    faster_on
+        See :class:`~fullrank.compress.PlanFamily`.
+
+    Examples
+    --------
+    >>> family = WeightFamily(nn.Sequential(nn.Linear(16, 16)), "greenformers")
+    >>> family.plan(0.5)["0"].rank
+    4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: WeightMethod,
+        *,
+        include: Patterns | None = None,
+        exclude: Patterns = (),
+        faster_on: Batch | None = None,
+    ) -> None:
+        self.model, self.method = model, method
+        self._include, self._exclude, self._faster_on = include, exclude, faster_on
+        # PELA's ranks follow from shapes.
+        self._spectra = (
+            {} if method == "pela" else layer_spectra(model, include=include, exclude=exclude)
+        )
+
+    @property
+    def smallest(self) -> float:
+        """Share of the layers' parameters that the smallest plan keeps."""
+        return self._welore(1.0).savings().kept if self.method == "welore" else 0.0
+
+    def plan(self, keep: float) -> RankPlan:
+        """Return the plan that keeps at most this share of the layers' parameters, in (0, 1]."""
+        if not 0 < keep <= 1:
+            raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+        if self.method == "pela":
+            given = {} if not self._exclude else {"exclude": self._exclude}
+            plan = pela_plan(self.model, 1 / keep, include=self._include, **given)
+        elif self.method == "welore":
+            plan = self._to_share(keep)
+        else:
+            rule = FractionOfBreakEven(keep)
+            spectra = self._spectra
+            plan = make_plan(self.model, rule, self._include, self._exclude, spectra=spectra)
+        return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
+
+    def build(self, plan: RankPlan) -> nn.Module:
+        """Return a copy of the model, shrunk by a plan of this family."""
+        return factorize(copy.deepcopy(self.model), plan, balance="sqrt", progress=False)
+
+    def _welore(self, theta: float) -> RankPlan:
+        return welore_plan(self.model, WeLoreConfig(theta=theta), self._spectra)
+
+    def _to_share(self, keep: float) -> RankPlan:
+        """Bisect the threshold: what is kept never grows with it."""
+        low, high = 0.0, 1.0
+        best = self._welore(high)
+        if (least := best.savings().kept) > keep:
+            raise InputError(
+                f"welore keeps at least {least:.1%} of these layers; {keep:.1%} was asked"
+            )
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            tried = self._welore(middle)
+            if tried.savings().kept <= keep:
+                best, high = tried, middle
+            else:
+                low = middle
+        return best
