@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from pathlib import Path
 
 # Workers side by side, and the processes they start, must not each take all cores.
@@ -36,6 +37,22 @@ def tiny_encoder(tmp_path_factory):
         return save_encoder(folder, words, layers=layers, length=length)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, driven by playwright."""
+    found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "chrome"])), None)
+    if found is None:
+        if os.environ.get("FULLRANK_REQUIRE_BROWSER") == "1":
+            pytest.fail("FULLRANK_REQUIRE_BROWSER is set, but there is no chromium on the PATH")
+        pytest.skip("no chromium on the PATH")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+        chromium = driver.chromium.launch(executable_path=found, args=arguments)
+        yield chromium
+        chromium.close()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,13 +1,23 @@
 """A shrunk model goes where others go: into ONNX, into int8, and under an adapter."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import sentence_model
 from torch import nn
 
-from fullrank.compress import FractionOfBreakEven, LowRankLinear, factorize, make_plan
+from fullrank.compress import (
+    FractionOfBreakEven,
+    LowRankLinear,
+    factorize,
+    make_plan,
+    quantize_int8,
+    quantize_onnx,
+)
+from fullrank.core.errors import InputError
 
 
 def shrunk():
@@ -40,30 +50,97 @@ def test_onnxruntime_gives_equal_outputs(tmp_path):
         np.testing.assert_allclose(found, model(sample).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_dynamic_int8_of_the_dense_form_of_the_factors():
-    """`quantize_dynamic` takes nn.Linear: a factorised layer as two of them."""
-    if not torch.backends.quantized.supported_engines[1:]:
-        pytest.skip("this build of torch has no int8 kernels")
+needs_kernels = pytest.mark.skipif(
+    set(torch.backends.quantized.supported_engines) <= {"none"},
+    reason="this build of torch has no int8 kernels",
+)
+
+
+@needs_kernels
+def test_both_factors_are_quantised_and_the_model_is_left_alone():
     model, x = shrunk(), images()
-    pairs = copy.deepcopy(model)
-    for name, layer in model.named_children():
-        if isinstance(layer, LowRankLinear):
-            pairs._modules[name] = as_pair(layer)
-    torch.testing.assert_close(pairs(x), model(x))
-    small = torch.ao.quantization.quantize_dynamic(pairs, {nn.Linear}, torch.qint8)
+    before = copy.deepcopy(model.state_dict())
+    small = quantize_int8(model)
+    kinds = [type(m).__module__ for m in small.modules() if type(m).__name__ == "Linear"]
+    factors = 2 * sum(isinstance(m, LowRankLinear) for m in model.modules())
+    assert factors > 0
+    assert len(kinds) == factors + sum(type(m) is nn.Linear for m in model.modules())
+    assert all("quantized" in kind for kind in kinds)
     error = (small(x) - model(x)).norm() / model(x).norm()
     assert 0 < error < 0.05
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # PyTorch's own function sees no factor.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert any(isinstance(m, LowRankLinear) for m in plain.modules())
 
 
-def as_pair(layer):
-    first = nn.Linear(layer.in_features, layer.rank, bias=False)
-    second = nn.Linear(layer.rank, layer.out_features, bias=layer.bias is not None)
-    first.weight, second.weight = layer.first, layer.second
-    if layer.bias is not None:
-        second.bias = layer.bias
-    return nn.Sequential(first, second)
+@needs_kernels
+def test_dense_layers_may_be_left_in_float32():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    factorize(model, make_plan(model, FractionOfBreakEven(0.5), include="0"))
+    small = quantize_int8(model, dense=False)
+    assert type(small[2]) is nn.Linear
+    assert "quantized" in type(small[0].first).__module__
+
+
+@needs_kernels
+def test_int8_refuses_what_it_cannot_do():
+    with pytest.raises(InputError, match="no linear layer"):
+        quantize_int8(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    with pytest.raises(InputError, match="float32 on the CPU"):
+        quantize_int8(nn.Linear(4, 4, dtype=torch.bfloat16))
+
+
+@needs_kernels
+def test_an_encoder_in_int8_and_in_onnx(tmp_path):
+    """The same sentences, close embeddings: PyTorch's kernels, and onnxruntime's."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    encoder = sentence_model(tmp_path / "bert")
+    factorize(encoder, make_plan(encoder, FractionOfBreakEven(0.7)))
+    texts = ["the rank of a matrix", "cat dog bird", "red fish , blue fish ."]
+    wanted = encoder.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+    small = quantize_int8(encoder)
+    found = small.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+    assert 0.99 < (found * wanted).sum(1).min() < 1
+
+    bert = encoder[0].auto_model
+    inputs = encoder.preprocess(texts)
+    names = ("input_ids", "attention_mask")
+    given = tuple(inputs[name] for name in names)
+    file = tmp_path / "bert.onnx"
+    batch = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2, max=64)}
+    torch.onnx.export(
+        bert, given, file, dynamo=True, dynamic_shapes=(batch, batch), verbose=False,
+        input_names=list(names),
+    )  # fmt: skip
+    eight = quantize_onnx(file, tmp_path / "int8.onnx")
+    products = [n for n in onnx.load(eight).graph.node if n.op_type == "MatMulInteger"]
+    linear = sum(type(m) is nn.Linear for m in bert.modules())
+    pairs = sum(isinstance(m, LowRankLinear) for m in bert.modules())
+    # The pooler's output is not asked for by anyone here, but it is exported.
+    assert len(products) == 2 * pairs + linear
+    outputs = []
+    for path in (file, eight):
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        feed = {name: inputs[name].numpy() for name in names}
+        outputs.append(session.run(None, feed)[0])
+    plain = bert(**{name: inputs[name] for name in names}).last_hidden_state.detach().numpy()
+    np.testing.assert_allclose(outputs[0], plain, rtol=1e-3, atol=1e-4)
+    error = np.linalg.norm(outputs[1] - plain) / np.linalg.norm(plain)
+    assert 0 < error < 0.1
+
+
+def test_onnx_files_that_are_not_there_or_one(tmp_path):
+    with pytest.raises(InputError, match="no exported model"):
+        quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    file = tmp_path / "a.onnx"
+    file.write_bytes(b"")
+    with pytest.raises(InputError, match="another file"):
+        quantize_onnx(file, file)
 
 
 def test_lora_on_a_factorised_layer(tmp_path):

@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from fullrank.compress import CalibrationStats, Distillation, FloorError, PlanFamily, shrink
-from fullrank.core.errors import InputError
+from fullrank.compress import (
+    CalibrationStats,
+    Distillation,
+    FloorError,
+    FractionOfBreakEven,
+    PlanFamily,
+    SearchRecord,
+    factorize,
+    make_plan,
+    shrink,
+)
+from fullrank.core.errors import InputError, StoreError
 
 
 def model_and_data(seed=0):
@@ -206,3 +216,143 @@ def test_a_metric_that_changes_its_length_is_named(setup):
             model, lambda m: metric(m)[: 200 if m is model else 7], 0.9, calibration=data,
             recover=False, progress=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["greenformers", "welore", "pela"])
+def test_methods_that_need_no_data_are_searched(setup, method):
+    model, _, metric = setup
+    found = shrink(model, metric, 0.5, method=method, recover=False, progress=False)
+    assert found.floor_test.holds
+    assert found.plan.savings().kept == min(c.kept for c in found.curve if c.holds) < 1
+    assert metric(found.model).mean() == pytest.approx(found.curve[0].value)
+    with pytest.raises(InputError, match="recover=False"):
+        shrink(model, metric, 0.5, method=method, progress=False)
+
+
+def test_pela_recovers_by_its_own_loss_and_leaves_the_teacher_alone(setup):
+    model, data, metric = setup
+    model[0].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    found = shrink(
+        model, metric, 0.4, method="pela", calibration=data, candidates=[0.5], progress=False
+    )
+    plain = shrink(
+        model, metric, 0.4, method="pela", candidates=[0.5], recover=False, progress=False
+    )
+    assert found.plan == plain.plan
+    assert found.curve[0].value > plain.curve[0].value
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_loss_has_a_ceiling(setup):
+    model, data, metric = setup
+
+    def loss(candidate):
+        return 1 / metric(candidate)
+
+    how = {"calibration": data, "recover": False, "progress": False, "lower_is_better": True}
+    found = shrink(model, loss, 1.05, **how)
+    assert loss(found.model).mean() <= 1.05
+    assert found.floor_test.lower >= 1 / 1.05
+    for candidate in found.curve:
+        assert candidate.ratio == pytest.approx(found.reference / candidate.value)
+    absolute = shrink(model, loss, 1.05, relative=False, **how)
+    assert absolute.plan == found.plan
+    single = shrink(model, lambda m: float(loss(m).mean()), 1.05, **how)
+    assert single.floor_test.lower == pytest.approx(1 / loss(single.model).mean())
+    with pytest.raises(FloorError, match=r"ceiling of 1.*upper end .* Raise the ceiling"):
+        shrink(model, loss, 1.0, candidates=[0.2], **how)
+    with pytest.raises(InputError, match="at least 1"):
+        shrink(model, loss, 0.9, **how)
+
+
+def test_a_recorded_search_measures_nothing_twice(setup, tmp_path):
+    model, data, metric = setup
+    calls = []
+
+    def counted(candidate):
+        calls.append(candidate)
+        return metric(candidate)
+
+    def search(floor=0.95, identity="a"):
+        record = SearchRecord(tmp_path / "work", {"what": identity})
+        return shrink(
+            model, counted, floor, calibration=data, recover=False, progress=False, record=record
+        )
+
+    first = search()
+    measured = len(calls)
+    again = search()
+    assert len(calls) == measured
+    assert again.curve == first.curve
+    for one, other in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # Another floor begins with what is known, and may go elsewhere from there.
+    lower = search(0.8)
+    assert len(calls) - measured < len(lower.curve)
+    assert lower.plan.savings().kept < first.plan.savings().kept
+    with pytest.raises(InputError, match="another what"):
+        search(identity="b")
+    (tmp_path / "work" / "search.json").write_text("{")
+    with pytest.raises(StoreError, match="remove"):
+        search()
+
+
+def test_a_chosen_model_whose_weights_are_gone_is_made_again(setup, tmp_path):
+    model, data, metric = setup
+
+    def search():
+        record = SearchRecord(tmp_path, {})
+        return shrink(
+            model, metric, 0.9, calibration=data, progress=False, record=record,
+            recover=Distillation(model, data, steps=5),
+        )  # fmt: skip
+
+    first = search()
+    (tmp_path / "chosen.safetensors").unlink()
+    again = search()
+    for one, other in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_interrupted_recovery_ends_the_same(setup, tmp_path, monkeypatch):
+    model, data, _ = setup
+    monkeypatch.setattr("fullrank.compress.distill_checkpoint._EVERY", 0.0)
+    plan = make_plan(model, FractionOfBreakEven(0.3))
+    whole, parts = (factorize(copy.deepcopy(model), plan, progress=False) for _ in range(2))
+    Distillation(model, data, steps=12, lr=1e-3)(whole)
+    file = tmp_path / "recovery.safetensors"
+    recover = Distillation(model, data, steps=12, lr=1e-3, checkpoint=file)
+    plain, calls = recover._loss, []
+
+    def interrupted(student, index):
+        calls.append(index)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return plain(student, index)
+
+    start = copy.deepcopy(parts)
+    recover._loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        recover(parts)
+    assert file.is_file()
+    after = Distillation(model, data, steps=12, lr=1e-3, checkpoint=file)
+    counted, steps = after._loss, []
+    after._loss = lambda student, index: (steps.append(index), counted(student, index))[1]
+    after(start)
+    assert len(steps) < 12
+    assert not file.exists()
+    for one, other in zip(start.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+    # Another recovery's checkpoint is not taken for this one's.
+    recover._loss = interrupted
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        recover(factorize(copy.deepcopy(model), plan, progress=False))
+    other = factorize(copy.deepcopy(model), make_plan(model, FractionOfBreakEven(0.5)))
+    fresh = copy.deepcopy(other)
+    Distillation(model, data, steps=12, lr=1e-3, checkpoint=file)(other)
+    Distillation(model, data, steps=12, lr=1e-3)(fresh)
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.parameters(), fresh.parameters(), strict=True)
+    )

@@ -1,8 +1,5 @@
 """The X-ray's page in a real browser, headless: cells lead to sheets, and nothing overflows."""
 
-import os
-import shutil
-
 import pytest
 import torch
 from torch import nn
@@ -10,21 +7,6 @@ from torch import nn
 from fullrank.spectra import model_report
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "chrome"])), None)
-    if found is None:
-        if os.environ.get("FULLRANK_REQUIRE_BROWSER") == "1":
-            pytest.fail("FULLRANK_REQUIRE_BROWSER is set, but there is no chromium on the PATH")
-        pytest.skip("no chromium on the PATH")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
-        chromium = driver.chromium.launch(executable_path=found, args=arguments)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,7 @@ def shrink(
     from fullrank.cli.shrink_metrics import own_metric
     from fullrank.cli.shrink_tasks import open_task, read_calibration
     from fullrank.compress import RankPlan, report
+    from fullrank.compress.page import write_page
     from fullrank.core.files import atomic_write
 
     if metric is not None:
@@ -133,6 +134,7 @@ def shrink(
         {"model": model, "kind": task.kind, "method": methods[0]},
     )  # fmt: skip
     console = Console()
+    found = None
     if goal is None:
         small, chosen = job.to_plan(given, keep or 1.0)
     else:
@@ -145,11 +147,23 @@ def shrink(
     layers = report(small)
     console.print(layers)
     with job.written(small) as part:
+        write_page(
+            small,
+            chosen,
+            part / "report.html",
+            name=Path(model).name,
+            found=found,
+            curves=job.curves,
+            metric="" if goal is None else goal.metric,
+            lower_is_better=goal is not None and goal.lower_is_better,
+            notes={"method": str(job.facts["method"])},
+        )
         chosen.save(part / "plan.json")
         atomic_write(part / "shrink.json", json.dumps(job.facts, indent=1).encode())
     console.print(
         f"{out}: keeps {chosen.savings().kept:.1%} of the linear parameters. After "
-        f"`import fullrank` it loads with {task.usage(out)}."
+        f"`import fullrank` it loads with {task.usage(out)}; "
+        "report.html there shows what was done."
     )
 
 

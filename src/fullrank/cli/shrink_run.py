@@ -52,6 +52,7 @@ class Job:
     seed: int = 0
     own: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Sequence[Candidate]] = field(default_factory=dict)
 
     # -- what all methods share --------------------------------------------------------------
 
@@ -139,7 +140,8 @@ class Job:
         method, model = self.methods[0], self.task.model
         example = self.example if self.faster and self.texts else None
         if plan is None:
-            chosen = family_for(model, method, self.stats, faster_on=example).plan(keep)
+            family = family_for(model, method, self.stats, faster_on=example, progress=True)
+            chosen = family.plan(keep)
         else:
             chosen = plan if example is None else faster_only(model, plan, example)
         _check_left(chosen)
@@ -165,20 +167,19 @@ class Job:
         assert metric is not None
         best: Shrunk | None = None
         failure: FloorError | None = None
-        curves: dict[str, Sequence[Candidate]] = {}
         for method in self.methods:
             try:
                 found = self._search(method, floor, metric)
             except FloorError as error:
-                curves[method] = error.curve
+                self.curves[method] = error.curve
                 failure = _better(failure, error)
             else:
-                curves[method] = found.curve
+                self.curves[method] = found.curve
                 if best is None or found.plan.savings().kept < best.plan.savings().kept:
                     best, self.facts["method"] = found, method
                 say(found.table())
         self.facts["curves"] = {
-            method: [_figures(c) for c in curve] for method, curve in curves.items()
+            method: [_figures(c) for c in curve] for method, curve in self.curves.items()
         }
         if best is None:
             assert failure is not None

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fullrank.compress.floor import shrink as shrink
     from fullrank.compress.greenformers import greenformers as greenformers
     from fullrank.compress.greenformers import greenformers_plan as greenformers_plan
+    from fullrank.compress.int8 import quantize_int8 as quantize_int8
+    from fullrank.compress.int8 import quantize_onnx as quantize_onnx
     from fullrank.compress.layers import LowRankLinear as LowRankLinear
     from fullrank.compress.layers_conv import LowRankConv1d as LowRankConv1d
     from fullrank.compress.layers_conv import LowRankConv2d as LowRankConv2d
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from fullrank.compress.matrices import Matricised as Matricised
     from fullrank.compress.matrices import matricise as matricise
     from fullrank.compress.measured_speed import faster_only as faster_only
+    from fullrank.compress.page import write_page as write_page
     from fullrank.compress.pela import pela_compress as pela_compress
     from fullrank.compress.pela import pela_plan as pela_plan
     from fullrank.compress.pela_loss import PELALoss as PELALoss
@@ -79,6 +82,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "factorize": "factorization",
         **dict.fromkeys(["greenformers", "greenformers_plan"], "greenformers"),
         "report": "report",
+        "write_page": "page",
+        **dict.fromkeys(["quantize_int8", "quantize_onnx"], "int8"),
         "SearchRecord": "search_record",
         "LowRankLinear": "layers",
         **dict.fromkeys(["LoRDConfig", "lord_compress"], "lord"),

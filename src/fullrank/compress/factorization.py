@@ -24,6 +24,7 @@ from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import canonical_name
 from fullrank.core.plan import RankPlan
+from fullrank.core.progress import progress as progress_bar
 
 # Fewer samples than this many a dimension leave directions that the data hardly shows.
 _SAMPLES_PER_DIMENSION = 10
@@ -107,17 +108,19 @@ def factorize(
         stats = _statistics(model, targets, plan, calibration, progress)
         _warn_if_few(stats, targets)
     new: dict[str, Factorised] = {}
-    for name, module in targets.items():
-        if not init:
-            new[name] = shell(module, plan[name])
-            continue
-        layers = stats
-        if sequential and data_driven:
-            layers = _statistics(model, {name: module}, plan, calibration, False)
-        layer = layers[name] if layers is not None and name in layers else None
-        new[name] = build_layer(module, plan[name], layer, balance)
-        if sequential:
-            replace_modules(model, {name: new[name]})
+    with progress_bar("factorise", len(targets), progress, "layers") as advance:
+        for name, module in targets.items():
+            advance(1)
+            if not init:
+                new[name] = shell(module, plan[name])
+                continue
+            layers = stats
+            if sequential and data_driven:
+                layers = _statistics(model, {name: module}, plan, calibration, False)
+            layer = layers[name] if layers is not None and name in layers else None
+            new[name] = build_layer(module, plan[name], layer, balance)
+            if sequential:
+                replace_modules(model, {name: new[name]})
     replace_modules(model, new)
     mark(model)
     return model

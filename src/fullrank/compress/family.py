@@ -22,6 +22,7 @@ from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError
 from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import RankPlan
+from fullrank.core.progress import progress as progress_bar
 from fullrank.core.rank_rules import LayerSpectrum, ParamRatio
 
 Allocation = Literal["sensitivity", "uniform"]
@@ -66,6 +67,8 @@ class PlanFamily:
         A batch of the size that the model will serve: plans leave those layers dense whose
         factors are measured to be slower on it than the layer itself. They may then keep a
         little more than asked.
+    progress
+        Show a bar over the layers.
 
     Raises
     ------
@@ -84,6 +87,7 @@ class PlanFamily:
         include: Patterns | None = None,
         exclude: Patterns = (),
         faster_on: Batch | None = None,
+        progress: bool = False,
     ) -> None:
         if allocation not in ("sensitivity", "uniform"):
             raise InputError(f"allocation {allocation!r}; it is 'sensitivity' or 'uniform'")
@@ -92,14 +96,16 @@ class PlanFamily:
         self._modules = factorisable(model, include, exclude)
         self._solved: dict[str, Decomposition] = {}
         self._schemes: dict[str, str] = {}
-        for name, module in self._modules.items():
-            layer = stats.get(name)
-            # A layer that the model never uses (a pooler) is left out of all accounts.
-            found = matricise(module)
-            # One convolution in groups is several matrices, which these methods do not read.
-            if layer is not None and layer.serves(method) and found.stack == 1:
-                self._solved[name] = decompose(found.matrix, method, layer)
-                self._schemes[name] = found.scheme
+        with progress_bar("decompose", len(self._modules), progress, "layers") as advance:
+            for name, module in self._modules.items():
+                layer = stats.get(name)
+                # A layer that the model never uses (a pooler) is left out of all accounts.
+                found = matricise(module)
+                # One convolution in groups is several matrices, which these methods do not read.
+                if layer is not None and layer.serves(method) and found.stack == 1:
+                    self._solved[name] = decompose(found.matrix, method, layer)
+                    self._schemes[name] = found.scheme
+                advance(1)
         if not self._solved:
             raise InputError(
                 "none of the model's layers saw calibration data"

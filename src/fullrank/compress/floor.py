@@ -230,6 +230,7 @@ def _family(
         include=include,
         exclude=exclude,
         faster_on=faster_on,
+        progress=progress,
     )
 
 

@@ -58,6 +58,7 @@ def family_for(
     include: Patterns | None = None,
     exclude: Patterns = (),
     faster_on: Batch | None = None,
+    progress: bool = False,
 ) -> Family:
     """Return the plans of every size by a method, named as the command line names it.
 
@@ -75,7 +76,7 @@ def family_for(
         What the layers saw; the last three do without.
     include, exclude
         Name patterns; see :func:`~fullrank.compress.make_plan`.
-    faster_on
+    faster_on, progress
         See :class:`~fullrank.compress.PlanFamily`.
 
     Raises
@@ -97,6 +98,7 @@ def family_for(
         include=include,
         exclude=exclude,
         faster_on=faster_on,
+        progress=progress,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -219,6 +220,75 @@ def energy_svg(groups: Mapping[str, Sequence[Spectrum]]) -> str:
         ]
         parts.append(f"<g><title>{html.escape(name)}</title>{''.join(lines)}</g>")
     return _svg(parts, "share of energy held by a share of the rank", width, height)
+
+
+class QualityPoint(NamedTuple):
+    """One shrunk model: share of its size that is left, its quality, and how sure that is."""
+
+    size: float
+    quality: float
+    lower: float
+    holds: bool
+
+
+def quality_svg(
+    curves: Mapping[str, Sequence[QualityPoint]], *, floor: float | None = None, title: str = ""
+) -> str:
+    """Plot size against quality: a line a method, a dot a model, a bar down to its lower end.
+
+    Parameters
+    ----------
+    curves
+        Name of a method -> its points. A full dot holds the floor, a hollow one does not.
+    floor
+        Quality to mark by a dashed line.
+    title
+        What is shown, for readers who do not see the picture.
+    """
+    width, height = 460, 290
+    left, inner, tall = 46, width - 46 - _RIGHT, height - _TOP - _BOTTOM
+    points = [p for found in curves.values() for p in found]
+    ends = [v for p in points for v in (p.quality, p.lower) if math.isfinite(v)]
+    ends += [] if floor is None else [floor]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    margin = 0.06 * (high - low) or 0.05
+    low, high = low - margin, high + margin
+    smallest = min((p.size for p in points), default=0.0)
+    start = math.floor(max(smallest - 0.05, 0.0) * 10) / 10
+
+    def place(size: float, quality: float) -> tuple[float, float]:
+        across = left + inner * (size - start) / (1 - start or 1.0)
+        value = max(quality, low) if math.isfinite(quality) else low
+        return across, _TOP + tall * (high - value) / (high - low)
+
+    parts = []
+    for step in range(5):
+        level = low + (high - low) * step / 4
+        _, y = place(1.0, level)
+        parts += [
+            _rule(left, y, width - _RIGHT, y, 0.18),
+            _text(f"{level:.3f}", left - 5, y + 4, "end"),
+        ]
+        size = start + (1 - start) * step / 4
+        x, _ = place(size, low)
+        parts.append(_text(f"{size:.0%}", x, height - 10, "end" if step == 4 else "middle"))
+    if floor is not None:
+        _, y = place(1.0, floor)
+        parts.append(_rule(left, y, width - _RIGHT, y, 0.8, "5 4"))
+    for (name, found), tint in zip(curves.items(), _tints(len(curves)), strict=True):
+        ordered = sorted(found)
+        drawn = [_line((place(p.size, p.quality) for p in ordered), tint)] if ordered else []
+        for p in ordered:
+            (x, y), (_, end) = place(p.size, p.quality), place(p.size, p.lower)
+            drawn.append(
+                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{end:.1f}" stroke="{tint}" '
+                f'stroke-opacity="0.6"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{tint}" '
+                f'stroke-width="2" fill="{tint if p.holds else "none"}"><title>'
+                f"{html.escape(name)}: {p.size:.1%} kept, {p.quality:.4f} (lower end {p.lower:.4f})"
+                "</title></circle>"
+            )
+        parts.append(f"<g>{''.join(drawn)}</g>")
+    return _svg(parts, title or "size against quality", width, height)
 
 
 def legend(names: Iterable[str]) -> str:
