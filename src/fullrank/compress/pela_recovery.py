@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fullrank.compress.distill import Distillation
 from fullrank.compress.layers_record import factorised
+from fullrank.compress.pela_features import Which
 from fullrank.compress.pela_loss import PELALoss
 
 
@@ -20,7 +21,7 @@ class PELARecovery(Distillation):
 
     Parameters
     ----------
-    alpha, beta, eps
+    alpha, beta, eps, hidden_states
         See :class:`~fullrank.compress.PELALoss`.
 
     Examples
@@ -37,6 +38,7 @@ class PELARecovery(Distillation):
     alpha: float = 1.0
     beta: float = 1.0
     eps: float = 1e-3
+    hidden_states: Which = "all"
 
     def __call__(self, student: nn.Module) -> None:
         """Train the student, in place; one without factorised layers is left as it is."""
@@ -44,7 +46,9 @@ class PELARecovery(Distillation):
             return
         # The loss freezes the teacher for good; here it is the user's model.
         wanted = [(p, p.requires_grad) for p in self.teacher.parameters()]
-        self._pela = PELALoss(student, self.teacher, self.alpha, self.beta, self.eps)
+        self._pela = PELALoss(
+            student, self.teacher, self.alpha, self.beta, self.eps, self.hidden_states
+        )
         try:
             super().__call__(student)
         finally:
