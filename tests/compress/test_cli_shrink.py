@@ -77,7 +77,8 @@ def test_methods_that_calibrate(encoder, texts, tmp_path, method):
 
 @pytest.mark.parametrize(("method", "keep"), [("greenformers", 0.6), ("welore", 0.9)])
 def test_methods_without_data(encoder, tmp_path, method, keep):
-    result = run(encoder, "--out", tmp_path / "out", "--keep", keep, "--method", method)
+    given = ["--keep", keep, "--method", method, "--any-speed"]
+    result = run(encoder, "--out", tmp_path / "out", *given)
     assert result.exit_code == 0, result.output
     plan = RankPlan.load(tmp_path / "out" / "plan.json")
     assert 0 < plan.savings().kept <= keep

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WORK = ".work"
 # Candidates of a method that a time limit leaves room for.
 _IN_TIME = 4
+_ANY = "a text of some length " * 100
 
 
 @dataclass
@@ -68,8 +69,12 @@ class Job:
 
     @cached_property
     def example(self) -> Any:
-        """The largest batch: what layers are timed on."""
-        return max(self.batches, key=lambda batch: batch["input_ids"].numel())
+        """The largest batch: what layers are timed on, if at all."""
+        if not self.faster:
+            return None
+        # Without texts, any will do: how long a layer takes depends on their size alone.
+        batches = self.batches if self.texts else self.task.batches([_ANY] * 32, self.max_length)
+        return max(batches, key=lambda batch: batch["input_ids"].numel())
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -138,7 +143,7 @@ class Job:
         from fullrank.compress.planning_share import family_for
 
         method, model = self.methods[0], self.task.model
-        example = self.example if self.faster and self.texts else None
+        example = self.example
         if plan is None:
             family = family_for(model, method, self.stats, faster_on=example, progress=True)
             chosen = family.plan(keep)
@@ -213,7 +218,7 @@ class Job:
             recover=self.recovery(method) or False,
             method=solver,  # type: ignore[arg-type]
             allocation=allocation,
-            faster_on=self.example if self.faster and self.texts else None,
+            faster_on=self.example,
             record=record,
             seconds=None if self.seconds is None else self.seconds / len(self.methods),
             seed=self.seed,

@@ -86,9 +86,9 @@ def _lead(
     small = sum(1 for entry in plan.values() if entry.rank is not None)
     values = {
         "linear parameters kept": f"{savings.kept:.1%}",
-        "linear parameters": f"{savings.planned / 1e6:,.2f} M",
-        "before": f"{savings.dense / 1e6:,.2f} M",
-        "parameters of the whole model": f"{whole / 1e6:,.2f} M",
+        "linear parameters": _count(savings.planned),
+        "before": _count(savings.dense),
+        "parameters of the whole model": _count(whole),
         "layers factorised": f"{small} of {len(plan)}",
     }
     if found is not None:
@@ -96,6 +96,10 @@ def _lead(
         values[metric or "metric"] = f"{chosen.value:.4g}"
         values["the original's"] = f"{found.reference:.4g}"
     return facts({**values, **notes})
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.2f} M" if number >= 1e5 else f"{number:,}"
 
 
 def _quality(

@@ -262,16 +262,14 @@ def quality_svg(
         return across, _TOP + tall * (high - value) / (high - low)
 
     parts = []
-    for step in range(5):
-        level = low + (high - low) * step / 4
+    for level in _round_values(low, high):
         _, y = place(1.0, level)
-        parts += [
-            _rule(left, y, width - _RIGHT, y, 0.18),
-            _text(f"{level:.3f}", left - 5, y + 4, "end"),
-        ]
-        size = start + (1 - start) * step / 4
+        parts.append(_rule(left, y, width - _RIGHT, y, 0.18))
+        parts.append(_text(f"{level:.6g}", left - 5, y + 4, "end"))
+    for size in _round_values(start, 1.0):
         x, _ = place(size, low)
-        parts.append(_text(f"{size:.0%}", x, height - 10, "end" if step == 4 else "middle"))
+        anchor = "end" if size > 0.99 else "middle"
+        parts.append(_text(f"{size:.0%}", x, height - 10, anchor))
     if floor is not None:
         _, y = place(1.0, floor)
         parts.append(_rule(left, y, width - _RIGHT, y, 0.8, "5 4"))
@@ -300,6 +298,19 @@ def legend(names: Iterable[str]) -> str:
         for name, tint in zip(listed, _tints(len(listed)), strict=True)
     )
     return f'<ul class="legend">{items}</ul>'
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Three to eight round numbers in a range, to mark an axis with.
+
+    >>> _round_values(0.913, 1.004)
+    [0.92, 0.94, 0.96, 0.98, 1.0]
+    """
+    rough = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = min((unit * k for k in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def _tints(count: int) -> list[str]:
