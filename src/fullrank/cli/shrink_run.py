@@ -206,7 +206,8 @@ class Job:
                 "faster": self.faster,
             },
         )
-        solver, allocation = FAMILIES.get(method, (method, "sensitivity"))
+        known = FAMILIES.get(method)
+        solver: Any = method if known is None else known[0]
         return shrink(
             self.task.model,
             metric,
@@ -216,8 +217,8 @@ class Job:
             lower_is_better=floor.lower_is_better,
             clusters=self.task.clusters(metric, "dev"),
             recover=self.recovery(method) or False,
-            method=solver,  # type: ignore[arg-type]
-            allocation=allocation,
+            method=solver,
+            allocation="sensitivity" if known is None else known[1],
             faster_on=self.example,
             record=record,
             seconds=None if self.seconds is None else self.seconds / len(self.methods),

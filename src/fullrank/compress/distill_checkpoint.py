@@ -43,7 +43,7 @@ class RecoveryCheckpoint:
         for parameter in parameters:
             plain = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{tuple(parameter.shape)}".encode())
-            digest.update(plain.numpy())
+            digest.update(plain.numpy().tobytes())
         self._identity = digest.hexdigest()
         self._written = time.monotonic()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fullrank.compress.factorization import factorize
 from fullrank.compress.measured_speed import faster_only
-from fullrank.compress.pela import pela_plan
+from fullrank.compress.pela import OMITTED, pela_plan
 from fullrank.compress.planning import layer_spectra, make_plan
 from fullrank.compress.targets import Patterns
 from fullrank.compress.welore import WeLoreConfig, welore_plan
@@ -76,8 +76,9 @@ class WeightFamily:
         if not 0 < keep <= 1:
             raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
         if self.method == "pela":
-            given = {} if not self._exclude else {"exclude": self._exclude}
-            plan = pela_plan(self.model, 1 / keep, include=self._include, **given)
+            # What the official code omits, unless something else is to be.
+            exclude = self._exclude or OMITTED
+            plan = pela_plan(self.model, 1 / keep, exclude, include=self._include)
         elif self.method == "welore":
             plan = self._to_share(keep)
         else:

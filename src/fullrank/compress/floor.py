@@ -214,8 +214,7 @@ def _family(
     seed: int,
 ) -> Family:
     if method in DATA_FREE:
-        free = cast(WeightMethod, method)
-        return WeightFamily(model, free, include=include, exclude=exclude, faster_on=faster_on)
+        return WeightFamily(model, method, include=include, exclude=exclude, faster_on=faster_on)
     if stats is None:
         if source is None:
             raise InputError(f"method {method!r} needs calibration data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LinearPair(nn.Module):
             layer.rank, layer.out_features, bias=layer.bias is not None, device="meta"
         )
         # The same parameters, not copies.
-        self.first.weight, self.second.weight = layer.first, layer.second  # type: ignore[assignment]
+        self.first.weight, self.second.weight = layer.first, layer.second
         if layer.bias is not None:
             self.second.bias = layer.bias  # type: ignore[assignment]
         self.train(layer.training)
@@ -102,7 +103,8 @@ def quantize_int8(model: nn.Module, *, dense: bool = True) -> nn.Module:
         # That this function will move to another library, and how its observers sum.
         warnings.simplefilter("ignore")
         settings = dict.fromkeys(names, torch.ao.quantization.default_dynamic_qconfig)
-        made: nn.Module = torch.ao.quantization.quantize_dynamic(small, settings)
+        quantise: Any = torch.ao.quantization.quantize_dynamic
+        made: nn.Module = quantise(small, settings)
     return made
 
 

@@ -85,8 +85,7 @@ def family_for(
         Without the statistics a method needs.
     """
     if method in DATA_FREE:
-        free = cast(WeightMethod, method)
-        return WeightFamily(model, free, include=include, exclude=exclude, faster_on=faster_on)
+        return WeightFamily(model, method, include=include, exclude=exclude, faster_on=faster_on)
     if stats is None:
         raise InputError(f"method {method!r} needs calibration data")
     solver, allocation = FAMILIES[method]
