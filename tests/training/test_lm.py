@@ -137,6 +137,13 @@ def test_the_folder_loads_with_transformers(texts, tmp_path):
     assert same(state(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), state(model))
 
 
+def test_a_tokenizer_may_come_without_a_model(texts, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    run = run_of(data={"tokenizer": str(tmp_path)})
+    trained = train_lm(run, texts=texts, progress=False)
+    assert same(state(trained.model), state(train_lm(run_of(), texts=texts, progress=False).model))
+
+
 def test_a_model_is_gone_on_from(texts, tmp_path):
     train_lm(run_of(), texts=texts, out=tmp_path / "run", progress=False)
     onward = run_of(model={"config": None, "name": str(tmp_path / "run")})

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullrank.cli.see_data import data as see_data
 from fullrank.cli.see_run import run
 
 if TYPE_CHECKING:
     from fullrank.spectra import ModelReport, Spectrum
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model or a run: spectra, ranks, losses.")
+app = typer.Typer(
+    no_args_is_help=True, help="Look into a model, a run or data: spectra, ranks, losses."
+)
 
 
 @app.callback()
@@ -21,6 +24,7 @@ def group() -> None:
 
 
 app.command("run")(run)
+app.command("data")(see_data)
 
 
 @app.command()

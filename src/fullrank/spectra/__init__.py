@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fullrank.spectra.dynamics import RankDynamics as RankDynamics
     from fullrank.spectra.dynamics import rank_dynamics as rank_dynamics
     from fullrank.spectra.feature_rank import feature_rank as feature_rank
+    from fullrank.spectra.gradient_quality import GradientQuality as GradientQuality
+    from fullrank.spectra.gradient_spectrum import gradient_spectrum as gradient_spectrum
     from fullrank.spectra.matrix_spectrum import MatrixSpectrum as MatrixSpectrum
     from fullrank.spectra.measures import effective_rank as effective_rank
     from fullrank.spectra.measures import energy_rank as energy_rank
@@ -49,6 +51,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["RankDynamics", "rank_dynamics"], "dynamics"),
         "feature_rank": "feature_rank",
         "MatrixSpectrum": "matrix_spectrum",
+        "GradientQuality": "gradient_quality",
+        "gradient_spectrum": "gradient_spectrum",
         "RankMeCallback": "callback",
         "RankPlan": "plan",
         "Spectrum": "spectrum",

@@ -177,6 +177,59 @@ def course_svg(points: Mapping[int, float], name: str) -> str:
     return _svg(parts, f"{name} over the steps", _WIDTH, _HEIGHT)
 
 
+def violin_svg(samples: Mapping[str, Sequence[float]], title: str) -> str:
+    """Draw how the values of a few samples spread: a violin each, with its mean and quartiles.
+
+    Parameters
+    ----------
+    samples
+        Name -> values.
+    title
+        For readers who do not see the picture.
+    """
+    inner, tall = _WIDTH - _COURSE_LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    low = min(min(values) for values in samples.values())
+    high = max(max(values) for values in samples.values())
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    span = high - low
+
+    def y(value: float) -> float:
+        return _TOP + tall * (1 - (value - low) / span)
+
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        parts.append(_rule(_COURSE_LEFT, y(value), _WIDTH - _RIGHT, y(value), 0.18))
+        parts.append(_text(f"{value:.3g}", _COURSE_LEFT - 5, y(value) + 4, "end"))
+    room = inner / len(samples)
+    for number, (name, values) in enumerate(samples.items()):
+        centre = _COURSE_LEFT + room * (number + 0.5)
+        at, width = _density(np.asarray(values, dtype=np.float64), low, high)
+        half = 0.42 * room * width / (width.max() or 1.0)
+        right = [(centre + h, y(v)) for h, v in zip(half, at, strict=True)]
+        left = [(centre - h, y(v)) for h, v in zip(half[::-1], at[::-1], strict=True)]
+        outline = " ".join(f"{a:.1f},{b:.1f}" for a, b in (*right, *left))
+        colour = _COLOURS[number % len(_COLOURS)]
+        parts.append(
+            f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.35" stroke="{colour}"/>'
+        )
+        quarter, three = np.quantile(values, [0.25, 0.75])
+        parts.append(_line([(centre, y(quarter)), (centre, y(three))], colour, 4.0))
+        parts.append(
+            f'<circle cx="{centre:.1f}" cy="{y(float(np.mean(values))):.1f}" r="3" '
+            'fill="currentColor"/>'
+        )
+        parts.append(_text(name[:18], centre, _HEIGHT - _BOTTOM + 16))
+    return _svg(parts, title, _WIDTH, _HEIGHT)
+
+
+def _density(values: Vector, low: float, high: float) -> tuple[Vector, Vector]:
+    """Gaussian kernel density between the sample's ends, by Scott's rule."""
+    at = np.linspace(values.min(), values.max(), 48)
+    width = max(float(values.std()) * len(values) ** -0.2, (high - low) / 200)
+    gaps = (at[:, None] - values[None, :]) / width
+    return at, np.exp(-0.5 * np.square(gaps)).sum(1)
+
+
 def energy_svg(groups: Mapping[str, Sequence[Spectrum]]) -> str:
     """Plot the share of energy that a share of the rank holds; one line a matrix.
 

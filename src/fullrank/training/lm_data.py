@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,11 @@ def read_tokenizer(name: str) -> Any:
     """Return a tokenizer: ``"bytes"``, or that of a folder or a Hugging Face model."""
     if name == BYTES:
         return byte_tokenizer()
-    return load_model(name, require("transformers", extra="hf").AutoTokenizer.from_pretrained)
+    loader = require("transformers", extra="hf").AutoTokenizer.from_pretrained
+    # A tokenizer may come without a model.
+    files = ("tokenizer.json", "tokenizer_config.json")
+    alone = any((Path(name) / file).is_file() for file in files)
+    return loader(name) if alone else load_model(name, loader)
 
 
 def byte_tokenizer() -> Any:

@@ -1,0 +1,158 @@
+"""What a layer's weight gradient is made of, caught on its way: inputs, and gradients of outputs.
+
+``G = sum_t delta_t x_t^T`` of a linear layer has rank at most the number of tokens. Its singular
+values are those of a small matrix, so that no weight gradient is ever made: this works with frozen
+and quantised weights, under adapters, and for each example of a batch by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullrank.core.errors import InputError
+from fullrank.core.names import named_linears
+
+Modules = str | Callable[[str, nn.Module], bool]
+Method = Literal["auto", "grad", "factored"]
+Consume = Callable[[str, Tensor, Tensor], None]
+"""Layer -> its inputs ``(..., in)`` and the gradients of its outputs ``(..., out)``."""
+
+_ATTENTION = r"(^|[._])(self_attn|self_attention|attention|attn)([._]|$)"
+# Projections that hold query, key and value one below the other.
+_FUSED = re.compile(r"(c_attn|qkv_proj|qkv)$")
+
+
+def chosen_layers(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
+    """Linear layers by canonical name.
+
+    Parameters
+    ----------
+    model
+        A language model, whatever wraps it.
+    modules
+        ``"attention"`` for the projections of attention, a regular expression that is searched in
+        names, or a function of name and module.
+
+    Raises
+    ------
+    InputError
+        When nothing is chosen; names some of the layers that there are.
+    """
+    linears = dict(named_linears(model))
+    if callable(modules):
+        found = {name: layer for name, layer in linears.items() if modules(name, layer)}
+    else:
+        pattern = re.compile(_ATTENTION if modules == "attention" else modules)
+        found = {name: layer for name, layer in linears.items() if pattern.search(name)}
+    found = {name: layer for name, layer in found.items() if not _adapter(name)}
+    if not found:
+        raise InputError(
+            f"no linear layer matches modules={modules!r}; the model has "
+            f"{', '.join(list(linears)[:4]) or 'none'}, ...: give a regular expression over names"
+        )
+    return found
+
+
+def _adapter(name: str) -> bool:
+    return re.search(r"\.(lora|randlora|lorasb|flylora|hydra)_", name) is not None
+
+
+@contextmanager
+def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) -> Iterator[None]:
+    """Hand over inputs and output gradients of layers while a backward pass goes through them.
+
+    No parameter asks for a gradient meanwhile, so that none is made; flags and gradients are
+    afterwards as they were.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    handles = [
+        layer.register_forward_hook(_hook(name, consume), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted in flags:
+            parameter.requires_grad_(wanted)
+
+
+def _hook(name: str, consume: Consume) -> Callable[..., Any]:
+    def run(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        x = next(iter((*args, *named.values()))).detach()
+        # With frozen weights the graph begins here.
+        out = output if output.requires_grad else output.detach().requires_grad_(True)
+        watched: Any = out  # torch's register_hook has no types
+        watched.register_hook(lambda gradient: consume(name, x, gradient.detach()))
+        return out
+
+    return run
+
+
+def parts_of(name: str, layer: nn.Module, config: Any) -> dict[str, slice]:
+    """Rows of the gradient by projection: query, key and value apart where one layer holds them.
+
+    >>> parts_of("h.0.attn.c_attn", nn.Linear(4, 12), None)
+    {'h.0.attn.c_attn[q]': slice(0, 4, None), 'h.0.attn.c_attn[k]': slice(4, 8, None), \
+'h.0.attn.c_attn[v]': slice(8, 12, None)}
+    """
+    out, width = _shape(layer)
+    if not _FUSED.search(name):
+        return {name: slice(0, out)}
+    heads = getattr(config, "num_attention_heads", 1)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    query = width if out == 3 * width else out * heads // (heads + 2 * groups)
+    value = (out - query) // 2
+    rows = (slice(0, query), slice(query, query + value), slice(query + value, out))
+    return {f"{name}[{part}]": where for part, where in zip("qkv", rows, strict=True)}
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    width, out = layer.weight.shape
+    return out, width
+
+
+class Factor:
+    """Inputs of a layer ``X (T, n)`` as far as singular values need them; layers share them."""
+
+    def __init__(self, X: Tensor) -> None:
+        self.X = X
+        self._R: Tensor | None = None
+
+    def values(self, D: Tensor, method: Method) -> Tensor:
+        """Singular values of ``D^T X`` for output gradients ``D (T, m)``.
+
+        ``D^T = Q_D R_D`` and ``X^T = Q_X R_X`` give ``G = Q_D (R_D R_X^T) Q_X^T``: with fewer
+        tokens than the matrix is wide the ``T x T`` matrix in the middle is all there is to
+        decompose.
+        """
+        tokens, least = len(D), min(D.shape[1], self.X.shape[1])
+        factored = tokens < least if method == "auto" else method == "factored"
+        if factored:
+            found = torch.linalg.svdvals(_upper(D) @ self._upper().T)
+        else:
+            found = torch.linalg.svdvals(D.T @ self.X)
+        # As many as the weight has, whatever was decomposed.
+        return nn.functional.pad(found[:least], (0, max(0, least - len(found))))
+
+    def _upper(self) -> Tensor:
+        if self._R is None:
+            self._R = _upper(self.X)
+        return self._R
+
+
+def _upper(rows: Tensor) -> Tensor:
+    """R of ``rows^T = Q R``, which holds all inner products of the rows."""
+    R: Tensor = torch.linalg.qr(rows.T, mode="r").R
+    return R

@@ -1,0 +1,53 @@
+"""`fullrank see data`: files in, tables and a page out."""
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from fullrank.training.lm_data import byte_tokenizer  # noqa: E402
+
+
+def rows(count, seed=0):
+    words = ["cat", "dog", "mat", "door", "sun"]
+    return [
+        {
+            "instruction": f"Say something about the {words[(i + seed) % 5]}.",
+            "output": " ".join(words[(i * k + seed) % 5] for k in range(6 + i)),
+            "reward": i / 2,
+        }
+        for i in range(count)
+    ]
+
+
+def test_the_command(tmp_path, fullrank):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "a.json").write_text(json.dumps(rows(6)))
+    lines = "".join(json.dumps(row) + "\n" for row in rows(6, seed=2))
+    (tmp_path / "b.jsonl").write_text(lines)
+    files = [str(tmp_path / "model"), str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
+    done = fullrank(
+        "see", "data", *files, "--tokens", "16", "--html", str(tmp_path / "page.html"), "--out",
+        str(tmp_path / "scores"),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "effective rank" in " ".join(done.out.split())
+    assert (tmp_path / "page.html").is_file()
+    assert sorted(p.name for p in (tmp_path / "scores").iterdir()) == ["a.jsonl", "b.jsonl"]
+    alone = fullrank("see", "data", *files[:2], "--tokens", "0", "--ifd")
+    assert alone.code == 0, alone.err
+    assert "IFD" in alone.out
+    assert "reward" in alone.out
+    assert fullrank("see", "data", *files[:2], "--html", str(tmp_path / "no.html")).code == 2
