@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from fullrank._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from fullrank.bench.adapter_board import AdapterBoard as AdapterBoard
+    from fullrank.bench.adapter_board import AdapterRow as AdapterRow
+    from fullrank.bench.adapter_sizes import AdapterSize as AdapterSize
+    from fullrank.bench.adapters import bench_adapters as bench_adapters
     from fullrank.bench.leaderboard import Leaderboard as Leaderboard
     from fullrank.bench.leaderboard import Row as Row
     from fullrank.bench.optimizers import bench_optimizers as bench_optimizers
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        **dict.fromkeys(["AdapterBoard", "AdapterRow"], "adapter_board"),
+        "AdapterSize": "adapter_sizes",
+        "bench_adapters": "adapters",
         **dict.fromkeys(["Leaderboard", "Row"], "leaderboard"),
         "bench_optimizers": "optimizers",
         **dict.fromkeys(["Job", "RunStore"], "runs"),

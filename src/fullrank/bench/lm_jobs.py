@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from fullrank.bench.entrants import GAP, Entrant
-from fullrank.bench.memory import Census
+from fullrank.bench.memory import Peak
 from fullrank.bench.runs import Job, Result
 from fullrank.bench.sizes import Size
 from fullrank.bench.timing import Stopwatch, interleaved_times, stopwatch
@@ -191,18 +190,9 @@ def _time(settings: Mapping[str, Any]) -> Result:
 def _memory(settings: Mapping[str, Any]) -> Result:
     run = LMTraining.of(settings["run"])
     with quiet_libraries(), own_randomness():
-        # What an earlier job of this process left on a GPU does not count.
-        gc.collect()
-        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        watched = Peak()
         stepper = _Stepper(run)
-        if stepper.model.device.type == "cpu":
-            with Census([*stepper.model.parameters(), *stepper.model.buffers()]) as census:
-                _steps(stepper, _MEMORY_STEPS)
-            peak = census.most
-        else:
-            torch.cuda.reset_peak_memory_stats()
-            _steps(stepper, _MEMORY_STEPS)
-            peak = torch.cuda.max_memory_allocated() - before
+        peak = watched.of(lambda: _steps(stepper, _MEMORY_STEPS), stepper.model)
     return {"peak_bytes": peak, "state_bytes": state_bytes(stepper.optimizer)}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -75,3 +77,24 @@ class Census(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _gone(self, size: int) -> None:
         self.alive -= size
+
+
+class Peak:
+    """The most memory of some work on a device: counted on a CPU, torch's own count on a GPU.
+
+    To be made before what works there; what was left on a GPU earlier does not count.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+    def of(self, work: Callable[[], Any], model: nn.Module) -> int:
+        """Do the work, which runs a model; return the most bytes that were alive in it."""
+        if next(model.parameters()).device.type == "cpu":
+            with Census([*model.parameters(), *model.buffers()]) as census:
+                work()
+            return census.most
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - self._before

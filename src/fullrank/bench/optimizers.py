@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fullrank.bench import lm_jobs
 from fullrank.bench.entrants import Entrant, chosen_entrants
 from fullrank.bench.leaderboard import Found, Leaderboard, rows_of
 from fullrank.bench.plot import loss_against_state
 from fullrank.bench.runs import Job, Result, RunStore
-from fullrank.bench.search import RateSearch
+from fullrank.bench.search import RateSearch, run_searches
 from fullrank.bench.sizes import Size, size_of
-from fullrank.bench.workers import run_jobs
+from fullrank.bench.workers import checked_device, run_jobs
 from fullrank.core.errors import InputError
 from fullrank.core.files import atomic_write
 from fullrank.core.progress import progress as progress_bar
@@ -90,7 +87,7 @@ def bench_optimizers(
     """
     store = RunStore(out)
     chosen = size if isinstance(size, Size) else size_of(size)
-    bench = _Bench(chosen, chosen_entrants(optimizers), texts, _device(device))
+    bench = _Bench(chosen, chosen_entrants(optimizers), texts, checked_device(device))
     bench.measure(store, remeasure, progress)
     bench.train(store, workers, threads, progress)
     board = bench.leaderboard(store)
@@ -133,17 +130,16 @@ class _Bench:
         self, store: RunStore, workers: int | None, threads: int | None, progress: bool
     ) -> None:
         """Train what has not been trained yet."""
-        threads = threads or 1
-        workers = workers or (max(1, _cores() // threads) if self.device == "cpu" else 1)
-        searches = self.searches.values()
-
-        def due(store: RunStore) -> list[Job]:
-            return [job for search in searches for job in search.due(store)]
-
-        total = sum(search.total for search in searches)
-        with progress_bar("train", total, progress, unit="runs") as advance:
-            advance(sum(search.finished(store) for search in searches))
-            run_jobs(due, lm_jobs.work, store, workers=workers, threads=threads, advance=advance)
+        searches = list(self.searches.values())
+        run_searches(
+            searches,
+            lm_jobs.work,
+            store,
+            workers=workers,
+            threads=threads,
+            device=self.device,
+            progress=progress,
+        )
 
     def leaderboard(self, store: RunStore) -> Leaderboard:
         """Put together what the finished runs found."""
@@ -175,19 +171,3 @@ def _write(board: Leaderboard, folder: Path) -> None:
     for text, rows in board.rows.items():
         picture = loss_against_state(rows, f"{text}, size {board.size.name}")
         atomic_write(folder / f"{text}.svg", picture)
-
-
-def _device(wanted: str | None) -> str:
-    device = wanted or "cpu"
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r}; it is cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use; leave the device out for the CPU")
-    return device
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,9 +1,10 @@
-"""A picture of the leaderboard: loss against the optimizer's state."""
+"""Pictures of leaderboards: what is gained against what it costs."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fullrank.bench.leaderboard import Row
@@ -20,38 +21,57 @@ _PLACES = [
 ]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A contestant: where it is, its spread upwards and downwards, and its name."""
+
+    x: float
+    y: float
+    spread: float
+    name: str
+
+
 def loss_against_state(rows: Sequence[Row], title: str) -> bytes:
     """Draw bits per byte over bytes of state, with the spread over seeds, as SVG."""
-    matplotlib = require("matplotlib", extra="plot")
-    figures = require("matplotlib.figure", extra="plot")
-    agg = require("matplotlib.backends.backend_agg", extra="plot")
     points = [
-        (row.state_bytes / 2**20, row.bits_per_byte, row)
+        Point(row.state_bytes / 2**20, row.bits_per_byte, row.spread or 0.0, row.optimizer)
         for row in rows
         if row.bits_per_byte is not None and row.state_bytes is not None
     ]
+    return scatter(points, title, ("optimizer state, MiB", "dev bits per byte"))
+
+
+def scatter(
+    points: Sequence[Point], title: str, labels: tuple[str, str], *, log: bool = False
+) -> bytes:
+    """Draw named points with their spread as SVG; ``log`` is of the horizontal axis."""
+    matplotlib = require("matplotlib", extra="plot")
+    figures = require("matplotlib.figure", extra="plot")
+    agg = require("matplotlib.backends.backend_agg", extra="plot")
     # Text stays text, and ids do not change between runs.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fullrank"}):
         figure = figures.Figure(figsize=(7.2, 4.4))
         canvas = agg.FigureCanvasAgg(figure)
         figure.subplots_adjust(left=0.1, right=0.97, bottom=0.13, top=0.92)
-        axes = _axes(figure, title)
-        for x, y, row in points:
+        axes = _axes(figure, title, labels)
+        if log:
+            axes.set_xscale("log")
+        for point in points:
             axes.errorbar(
-                x, y, yerr=row.spread or 0.0, fmt="o", ms=5, lw=1, capsize=2, color=_POINT
+                point.x, point.y, yerr=point.spread, fmt="o", ms=5, lw=1, capsize=2, color=_POINT
             )
         axes.autoscale_view()
-        _name_points(axes, canvas.get_renderer(), [(x, y, row.optimizer) for x, y, row in points])
+        _name_points(axes, canvas.get_renderer(), [(p.x, p.y, p.name) for p in points])
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 
 
-def _axes(figure: Any, title: str) -> Any:
+def _axes(figure: Any, title: str, labels: tuple[str, str]) -> Any:
     axes = figure.add_subplot()
     axes.set_title(title, color=_INK, fontsize=9)
-    axes.set_xlabel("optimizer state, MiB", color=_INK, fontsize=9)
-    axes.set_ylabel("dev bits per byte", color=_INK, fontsize=9)
+    axes.set_xlabel(labels[0], color=_INK, fontsize=9)
+    axes.set_ylabel(labels[1], color=_INK, fontsize=9)
     axes.tick_params(colors=_INK, labelsize=8)
     axes.margins(x=0.18, y=0.12)
     for side, spine in axes.spines.items():

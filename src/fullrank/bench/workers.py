@@ -80,6 +80,37 @@ def run_jobs(
             raise pool.failure
 
 
+def checked_device(wanted: str | None) -> str:
+    """Return where jobs compute: the CPU by default.
+
+    Raises
+    ------
+    InputError
+        For a device that is neither cpu nor cuda, or a GPU that is not there.
+    """
+    device = wanted or "cpu"
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r}; it is cpu or cuda")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("there is no GPU that torch can use; leave the device out for the CPU")
+    return device
+
+
+def workers_at_a_time(device: str, threads: int) -> int:
+    """Return how many processes keep a device busy: a core a thread, one on a GPU."""
+    return max(1, _cores() // threads) if device == "cpu" else 1
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class _Pool:
     """Processes that are started when there is something to do, and ended together."""
 

@@ -83,3 +83,76 @@ def optimizers(
     for name in board.rows:
         console.print(board.table(name))
     console.print(f"{folder}: leaderboard.md, leaderboard.json, pictures, and all runs")
+
+
+@app.command()
+def adapters(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="digits (an MLP to turned digits: 2 minutes on two cores), retrieval (the "
+            "embedded encoder to pydocs, and what it forgets on Vaswani and Cranfield: 30 "
+            "minutes) or language (a language model of Python source to GSM8K: 30 minutes); may "
+            "be repeated. All by default; Vaswani, Cranfield and GSM8K are read from the folder "
+            "that FULLRANK_DATA names."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this one: a method of `fullrank train finetune --adapters`, lora_pro, or "
+            "full; may be repeated."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few steps, rates and seeds: shows that all runs.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results; the same command goes on where it stopped.",
+            show_default="bench-adapters, or bench-adapters-quick",
+        ),
+    ] = None,
+    rates: Annotated[
+        int | None, typer.Option(help="Learning rates of the grid.", show_default="all", min=1)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds at the best rate.", show_default="3", min=1)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time.", show_default="one a core; 1 on a GPU", min=1),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each run.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    remeasure: Annotated[
+        bool,
+        typer.Option("--remeasure", help="Measure times and memory anew, on a quiet machine."),
+    ] = False,
+) -> None:
+    """Fine-tune the same bases with every adapter; compare quality, sizes, memory and time.
+
+    Each is tried at the same learning rates on one seed, then at its best one on more seeds.
+
+    Example: fullrank bench adapters --task digits --method lora --method eva
+    """
+    from rich.console import Console
+
+    from fullrank.bench.adapter_sizes import TASKS, adapter_size
+    from fullrank.bench.adapters import bench_adapters
+
+    folder = out or Path("bench-adapters-quick" if quick else "bench-adapters")
+    boards = bench_adapters(
+        folder,
+        tasks=[adapter_size(t, quick=quick, rates=rates, seeds=seeds) for t in task or TASKS],
+        methods=method,
+        workers=workers,
+        threads=threads,
+        device=device,
+        remeasure=remeasure,
+    )
+    console = Console()
+    for board in boards.values():
+        console.print(board.table())
+    console.print(f"{folder}: a table, figures and a picture for each task, and all runs")

@@ -10,8 +10,8 @@ import torch
 
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
-from fullrank.core.plan import RankPlan
 from fullrank.training.checkpoints import weights_digest
+from fullrank.training.finetune_adapter import MakeTask, adapted, prepared, trained_model
 from fullrank.training.finetune_config import FULL, FinetuneRun
 from fullrank.training.finetune_tasks import Task, make_task
 from fullrank.training.fit import Pace, Parts, TokenCounter, carried_out, fit
@@ -19,7 +19,6 @@ from fullrank.training.history import TrainingHistory
 from fullrank.training.lm_optimizers import make_optimizer
 from fullrank.training.optimizers import StateMemory
 from fullrank.training.processes import Processes
-from fullrank.training.quiet import precision_of
 from fullrank.training.results import put_in_place, read_result, versions
 
 
@@ -79,6 +78,7 @@ def finetune(
     config: FinetuneRun,
     *,
     data: Any = None,
+    task: MakeTask | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     resume: bool = True,
@@ -94,6 +94,9 @@ def finetune(
         Instead of ``config.data.source``: :class:`~fullrank.datasets.Texts`,
         :class:`~fullrank.training.finetune_data.Rows`, or a
         :class:`~fullrank.datasets.Dataset` for an encoder.
+    task
+        Makes a :class:`~fullrank.training.finetune_tasks.Task` of one's own, from the settings
+        and the processes, instead of the one that ``config.model`` and ``config.data`` name.
     out
         New folder for the adapter in PEFT's format (the whole model without one), its tokenizer,
         ``training.json``, ``log.jsonl`` and a plot. An interrupted run leaves checkpoints there
@@ -134,7 +137,9 @@ def finetune(
     for library in ("transformers", "accelerate"):
         require(library, extra="hf")
     tuned: Finetuned = carried_out(
-        lambda folder, processes: _Finetuning(config, data, folder, processes, ranks_every),
+        lambda folder, processes: _Finetuning(
+            config, task or _named(data), folder, processes, ranks_every
+        ),
         out,
         progress=progress,
         resume=resume,
@@ -148,7 +153,7 @@ class _Finetuning:
     def __init__(
         self,
         config: FinetuneRun,
-        data: Any,
+        task: MakeTask,
         folder: Path | None,
         processes: Processes,
         ranks_every: int,
@@ -158,12 +163,7 @@ class _Finetuning:
         _check_adapter(config)
         self.device = processes.device(config.loop.device)
         processes.join(self.device)
-        torch.manual_seed(config.loop.seed)
-        self.task = make_task(config, data, processes)
-        self.task.network.to(self.device)
-        self.task.autocast = precision_of(config.loop.precision, self.device)
-        if config.model.gradient_checkpointing:
-            self.task.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.task = prepared(task, config, processes, self.device)
         self.identity: dict[str, Any] = {
             "config": config.as_dict(),
             "data": self.task.fingerprint,
@@ -183,7 +183,7 @@ class _Finetuning:
             from fullrank.adapters.loading import put_on
 
             tuned = put_on(task.base, folder)
-            model = task.network if task.network is not task.base else tuned
+            model = trained_model(task, tuned)
         else:
             model = tuned = load_model(folder, lambda source: _again(task, source))
         return Finetuned(model.eval(), tuned, history, memory, self.config, data, (), folder)
@@ -192,8 +192,7 @@ class _Finetuning:
         """Adapt, train, keep the best weights, count memory."""
         with self.task.form():
             tuned = self._adapted(progress)
-            # The adapter's layers are inside an encoder; other models are run through PEFT's.
-            model = self.task.network if self.task.network is not self.task.base else tuned
+            model = trained_model(self.task, tuned)
             fitted = fit(
                 self._parts(model),
                 Pace.of(self.config.loop),
@@ -239,35 +238,10 @@ class _Finetuning:
 
     def _adapted(self, progress: bool) -> Any:
         """Put the adapter on; the same again when a run goes on."""
-        section, task = self.config.adapter, self.task
-        torch.manual_seed(self.config.loop.seed)
-        if section.method == FULL:
-            return task.base
-        from fullrank.adapters import adapt, to_lora
-        from fullrank.adapters.adapt_methods import METHODS
-
-        needs = METHODS[section.method].needs
-        sources = {"activations": task.inputs, "gradients": task.calibration}
-        tuned = adapt(
-            task.base,
-            section.method,
-            plan=None if section.plan is None else RankPlan.load(section.plan),
-            rank=section.rank,
-            data=sources[needs]() if needs in sources else None,
-            targets=section.targets,
-            alpha=section.alpha,
-            dropout=section.dropout,
-            task_type=task.task_type,
-            loss_fn=task.loss,
-            seed=self.config.loop.seed,
-            progress=progress,
-            **section.options,
-        )
+        tuned = adapted(self.task, self.config, progress)
+        if self.config.adapter.method == FULL:
+            return tuned
         self.layers = tuned.adapt_report.layers
-        if section.as_lora:
-            to_lora(tuned)  # what cannot be saved so says so before it is trained
-        if self.config.model.gradient_checkpointing:
-            task.base.enable_input_require_grads()
         # Some methods change the base by what they find: a run goes on only from the same start.
         frozen = torch.nn.ParameterList(p for p in tuned.parameters() if not p.requires_grad)
         self.start = {"start of the adapter": weights_digest(frozen)}
@@ -302,6 +276,10 @@ class _Finetuning:
             self.config.optimizer.name,
             trainer,
         )
+
+
+def _named(data: Any) -> MakeTask:
+    return lambda config, processes: make_task(config, data, processes)
 
 
 def _check_adapter(config: FinetuneRun) -> None:

@@ -49,7 +49,7 @@ class TuningData(Section):
         Tokens of a text, the rest is cut off.
     dev_bytes
         Of plain text, how much of the dev part to measure on, about.
-    hard_negatives, metric
+    hard_negatives, metric, dev_queries, dev_documents
         Encoder: see :class:`~fullrank.training.EncoderTraining`.
     """
 
@@ -62,6 +62,8 @@ class TuningData(Section):
     dev_bytes: int = Field(default=100_000, ge=1000)
     hard_negatives: int = Field(default=1, ge=0)
     metric: str = "nDCG@10"
+    dev_queries: int = Field(default=1000, ge=1)
+    dev_documents: int = Field(default=1000, ge=1)
 
 
 class AdapterSection(Section):

@@ -49,6 +49,8 @@ class Encoding(Task):
             max_tokens=run.data.max_tokens,
             dev_tokens=run.data.max_tokens,
             metric=run.data.metric,
+            dev_queries=run.data.dev_queries,
+            dev_documents=run.data.dev_documents,
         )
         dataset = read_judged(run.data.source) if dataset is None else dataset
         train, dev = training_parts(dataset, run.loop.seed, needs_dev=True)

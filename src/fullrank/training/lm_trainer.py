@@ -84,7 +84,7 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         """Run the forward pass in the type that was chosen."""
-        device = inputs["input_ids"].device.type
+        device = inputs["labels"].device.type
         with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
             return super().compute_loss(model, inputs, *args, **options)
 
