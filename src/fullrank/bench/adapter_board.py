@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,39 +117,47 @@ class AdapterBoard:
         return sorted(self.rows, key=lambda r: (not r.means, sign * r.means[0] if r.means else 0))
 
     def table(self) -> Table:
-        """Return the rows as a table, the untouched base below them."""
+        """Return how well each way did, the untouched base last."""
         names = [measure.name for measure in self.measures]
-        columns = [*_BEFORE, *names, *_AFTER]
-        cells = [
+        cells: list[list[Cell]] = [
             [
                 row.title,
                 _rate(row),
                 row.loss,
                 *(_with_spread(row, i, m) for i, m in enumerate(self.measures)),
-                row.trained,
-                row.saved_bytes,
-                row.peak_bytes,
-                row.step_ms,
-                row.start_s,
                 row.seeds,
             ]
             for row in self.ranked
         ]
         if self.base:
             values = [format(v, m.spec) for v, m in zip(self.base, self.measures, strict=True)]
-            empty: list[Cell] = [None] * len(_AFTER)
-            cells.append(["untouched", None, None, *values, *empty])
+            cells.append(["untouched", None, None, *values, None])
         size = self.size
-        formats = {name: spec for name, spec in {**_BEFORE, **_AFTER}.items() if spec is not None}
         title = (
             f"{size.task}, {size.name} size: {size.steps} steps of {size.batch}, rank {size.rank}, "
             f"{len(size.rates)} rates, {self.device}"
         )
-        return Table(columns, cells, title, formats)
+        return Table(["way", "lr", "loss", *names, "seeds"], cells, title, {"loss": ".4f"})
+
+    def costs(self) -> Table:
+        """Return what each way takes, in the order of :meth:`table`."""
+        cells = [
+            [
+                row.title,
+                row.trained,
+                row.saved_bytes,
+                row.peak_bytes,
+                row.step_ms,
+                row.start_s,
+            ]
+            for row in self.ranked
+        ]
+        return Table(["way", *_COSTS], cells, f"{self.size.task}: what it takes", _COSTS)
 
     def markdown(self) -> str:
-        """Return the table and what its columns mean."""
-        return f"{self.table().title}\n\n{self.table().markdown()}\n\n{_NOTES}"
+        """Return both tables and what their columns mean."""
+        tables = [self.table(), self.costs()]
+        return "\n\n".join([*(f"{t.title}\n\n{t.markdown()}" for t in tables), _NOTES])
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -174,14 +182,12 @@ def _rate(row: AdapterRow) -> str:
     return f"{rate} ({row.note})" if rate and row.note else rate or row.note
 
 
-_BEFORE = {"way": None, "lr": None, "loss": ".4f"}
-_AFTER = {
+_COSTS: dict[str, str | Callable[[Any], str]] = {
     "trained": ",d",
     "on disk": human_bytes,
     "peak": human_bytes,
     "ms a step": ".2f",
     "start, s": ".3f",
-    "seeds": None,
 }
 
 _NOTES = """\

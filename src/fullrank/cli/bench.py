@@ -155,4 +155,5 @@ def adapters(
     console = Console()
     for board in boards.values():
         console.print(board.table())
+        console.print(board.costs())
     console.print(f"{folder}: a table, figures and a picture for each task, and all runs")

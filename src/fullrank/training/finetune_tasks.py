@@ -47,6 +47,9 @@ class Task(ABC):
         Of the data.
     counts
         Sizes of the data.
+    averages_tokens
+        Whether the model divides its loss by the tokens of a whole step, all its passes and
+        processes, as causal language models do; others give the mean over a batch.
     """
 
     network: Any
@@ -57,6 +60,7 @@ class Task(ABC):
     rows: Sequence[Any]
     fingerprint: str
     counts: dict[str, Any]
+    averages_tokens: bool = False
 
     def __init__(self, run: FinetuneRun, processes: Processes) -> None:
         self.run, self.processes = run, processes
@@ -84,7 +88,8 @@ class Task(ABC):
         from fullrank.training.lm_trainer import SeededOrder
 
         order = list(SeededOrder(self.rows, self.run.loop.seed))
-        size = self.run.loop.batch_size
+        # Every process takes all of a step, and finds the same start.
+        size = self.run.loop.batch_size * self.processes.count
         for start in range(0, len(order), size):
             yield self.collate([self.rows[i] for i in order[start : start + size]])
 
@@ -112,6 +117,7 @@ class LanguageModel(Task):
 
     metric = "bits per byte"
     task_type = "CAUSAL_LM"
+    averages_tokens = True
 
     def __init__(self, run: FinetuneRun, processes: Processes, texts: Texts | None) -> None:
         super().__init__(run, processes)
@@ -148,6 +154,7 @@ class Completions(Task):
 
     metric = "loss on completions"
     task_type = "CAUSAL_LM"
+    averages_tokens = True
 
     def __init__(self, run: FinetuneRun, processes: Processes, rows: Rows | None) -> None:
         super().__init__(run, processes)

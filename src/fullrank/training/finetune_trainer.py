@@ -31,10 +31,11 @@ class FinetuneTrainer(LMTrainer):
     def __init__(self, *, task: Task, **arguments: Any) -> None:
         self._task = task
         super().__init__(train_dataset=task.rows, **arguments)
-        # An encoder's loss is ours, a mean over its batch.
+        # An encoder's loss is ours.
         self._own_loss = task.network is not task.base
-        if self._own_loss:
-            self.model_accepts_loss_kwargs = False
+        # Many classifiers take any keyword, and leave this one unused: the trainer would count on
+        # a loss that is a share of the step's, and multiply it by the number of processes.
+        self.model_accepts_loss_kwargs &= task.averages_tokens
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that depends on the seed and the epoch only."""
@@ -48,8 +49,9 @@ class FinetuneTrainer(LMTrainer):
         return prepared
 
     def tokens_of(self, inputs: Any) -> int:
-        """Tokens that are trained on in a batch."""
-        return self._task.tokens(inputs)
+        """Tokens that all processes train on in a pass; each may have another number."""
+        mine = torch.tensor(self._task.tokens(inputs), device=inputs["labels"].device)
+        return int(self._task.processes.total(mine))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         """Run the forward pass in the type that was chosen."""

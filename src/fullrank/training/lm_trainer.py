@@ -70,7 +70,7 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Count the tokens of a pass, and show the loss to optimizers that watch it."""
-        self._counted.tokens += self.tokens_of(inputs) * self.args.world_size
+        self._counted.tokens += self.tokens_of(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         observe = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "observe", None)
         if observe is not None:
@@ -78,9 +78,9 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         return loss
 
     def tokens_of(self, inputs: Any) -> int:
-        """Tokens that are trained on in a pass: all but the first of each sequence."""
+        """Tokens that all processes train on in a pass: all but the first of each sequence."""
         sequences, length = inputs["labels"].shape
-        return int(sequences * (length - 1))
+        return int(sequences * (length - 1) * self.args.world_size)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         """Run the forward pass in the type that was chosen."""
