@@ -41,13 +41,13 @@ class MLP(nn.Module):
 @functools.cache
 def digits(turned: bool) -> tuple[Data, Data, Data]:
     """Return the train, dev and test part: pixels ``(N, 64)`` in [0, 1] and labels ``(N,)``."""
-    datasets = require("sklearn.datasets", extra="bench")
+    datasets = require("sklearn.datasets", extra="demo")
     images, labels = datasets.load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16
     x = (x.rot90(dims=(1, 2)) if turned else x).reshape(-1, 64)
     y = torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, dev, test = ((x[rows], y[rows]) for rows in order.split(_PARTS))
+    train, dev, test = ((x[rows], y[rows]) for rows in torch.split(order, _PARTS))
     return train, dev, test
 
 

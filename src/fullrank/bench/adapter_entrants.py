@@ -8,7 +8,7 @@ from typing import Any
 
 from fullrank.adapters.adapt_methods import METHODS, Method
 from fullrank.bench.adapter_sizes import AdapterSize
-from fullrank.core.errors import InputError
+from fullrank.bench.entrants import chosen_by_name
 from fullrank.training.finetune_config import FULL
 
 # The rank that most methods have by default: what a size's rank stands for.
@@ -84,8 +84,4 @@ def chosen_tunings(names: Sequence[str] | None) -> tuple[Tuning, ...]:
     >>> [tuning.title for tuning in chosen_tunings(["lora_pro", "eva"])]
     ['LoRA-Pro', 'EVA']
     """
-    known = {tuning.name: tuning for tuning in tunings()}
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"no adapter {name!r} in the comparison; there are {', '.join(known)}")
-    return tuple(tuning for name, tuning in known.items() if not names or name in names)
+    return chosen_by_name(names, tunings(), lambda tuning: tuning.name, "adapter")

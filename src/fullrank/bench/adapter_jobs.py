@@ -193,7 +193,7 @@ class _Stepper:
         device = self._trained[0].device.type
         with torch.autocast(device, autocast, enabled=autocast is not None):
             loss = self._task.loss(self.model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
         self._optimizer.step()

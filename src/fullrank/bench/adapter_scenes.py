@@ -149,13 +149,16 @@ class Retrieval(Scene):
             "source": "pydocs",
             "max_tokens": size.tokens,
             "hard_negatives": 0,
+            "dev_queries": max(1, size.sample // _DOCUMENTS_A_QUERY["pydocs"]),
             "dev_documents": size.sample,
         }
 
     @property
     def fingerprint(self) -> str:
         """Of the three collections."""
-        return json.dumps({name: _collection(name).corpus.fingerprint for name in _COLLECTIONS})
+        return json.dumps(
+            {name: _collection(name).corpus.fingerprint for name in _DOCUMENTS_A_QUERY}
+        )
 
     def task(self, run: FinetuneRun, processes: Processes) -> Task:
         """The judged queries of pydocs."""
@@ -163,23 +166,16 @@ class Retrieval(Scene):
 
     @functools.cached_property
     def _samples(self) -> list[DevSet]:
-        settings = EncoderTraining(
-            seed=0, dev_documents=self.size.sample, dev_tokens=self.size.tokens
-        )
         found = []
-        for name in _COLLECTIONS:
+        for name, documents in _DOCUMENTS_A_QUERY.items():
             data = _collection(name)
-            part = data.split("test") if "test" in data.parts else data
-            judged = [
-                q for q in part.queries if any(g >= 1 for g in part.qrels.get(q, {}).values())
-            ]
-            chosen = judged[: max(10, self.size.sample // _DOCUMENTS_A_QUERY[name])]
-            part = dataclasses.replace(
-                part,
-                queries={q: part.queries[q] for q in chosen},
-                qrels={q: part.qrels[q] for q in chosen},
-                parts={},
+            settings = EncoderTraining(
+                seed=0,
+                dev_queries=max(1, self.size.sample // documents),
+                dev_documents=self.size.sample,
+                dev_tokens=self.size.tokens,
             )
+            part = data.split("test") if "test" in data.parts else data
             found.append(DevSet(part, data.corpus, settings, self.size.tokens))
         return found
 
@@ -276,8 +272,7 @@ SCENES: Mapping[str, type[Scene]] = {
     "language": Language,
 }
 
-_COLLECTIONS = ("pydocs", "vaswani", "cranfield")
-# So many documents of a sample for a query: judged ones should not be all that there is.
+# Documents of a sample for each of its queries: more than are judged for one.
 _DOCUMENTS_A_QUERY = {"pydocs": 4, "vaswani": 30, "cranfield": 12}
 
 

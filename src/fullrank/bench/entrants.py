@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fullrank.bench.sizes import Size
 from fullrank.core.errors import InputError
+
+T = TypeVar("T")
 
 BASELINE = "AdamW"
 """Whose loss the others are timed against, and whose state they are compared with."""
@@ -104,12 +106,23 @@ def chosen_entrants(labels: Sequence[str] | None) -> tuple[Entrant, ...]:
     >>> [entrant.label for entrant in chosen_entrants(["MKOR", "AdamW"])]
     ['AdamW', 'MKOR']
     """
-    if not labels:
-        return ENTRANTS
-    known = {entrant.label.lower(): entrant for entrant in ENTRANTS}
-    unknown = [label for label in labels if label.lower() not in known]
-    if unknown:
-        names = ", ".join(entrant.label for entrant in ENTRANTS)
-        raise InputError(f"no optimizer {unknown[0]!r} in the leaderboard; there are {names}")
-    wanted = {label.lower() for label in labels}
-    return tuple(entrant for name, entrant in known.items() if name in wanted)
+    return chosen_by_name(labels, ENTRANTS, lambda entrant: entrant.label, "optimizer")
+
+
+def chosen_by_name(
+    names: Sequence[str] | None, contestants: Sequence[T], name_of: Callable[[T], str], what: str
+) -> tuple[T, ...]:
+    """Return the contestants of these names, in their own order; all where none is named.
+
+    Raises
+    ------
+    InputError
+        For a name that none has; ``what`` says what it should have named.
+    """
+    by_name = {name_of(contestant).lower(): contestant for contestant in contestants}
+    for name in names or ():
+        if name.lower() not in by_name:
+            there = ", ".join(map(name_of, contestants))
+            raise InputError(f"no {what} {name!r} to compare; there are {there}")
+    wanted = {name.lower() for name in names or by_name}
+    return tuple(contestant for name, contestant in by_name.items() if name in wanted)

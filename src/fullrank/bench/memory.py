@@ -97,4 +97,4 @@ class Peak:
             return census.most
         torch.cuda.reset_peak_memory_stats()
         work()
-        return torch.cuda.max_memory_allocated() - self._before
+        return int(torch.cuda.max_memory_allocated()) - self._before

@@ -10,6 +10,17 @@ import typer
 app = typer.Typer(no_args_is_help=True, help="Compare methods on the same models and texts.")
 
 
+Seeds = Annotated[int | None, typer.Option(help="Seeds at the best rate.", show_default="3", min=1)]
+Workers = Annotated[
+    int | None, typer.Option(help="Runs at a time.", show_default="one a core; 1 on a GPU", min=1)
+]
+Threads = Annotated[int, typer.Option(help="Threads of each run.", min=1)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Remeasure = Annotated[
+    bool, typer.Option("--remeasure", help="Measure times and memory anew, on a quiet machine.")
+]
+
+
 @app.callback()
 def group() -> None:
     """Compare methods on the same models and texts."""
@@ -45,19 +56,11 @@ def optimizers(
     rates: Annotated[
         int | None, typer.Option(help="Learning rates of the grid.", show_default="3", min=1)
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Seeds at the best rate.", show_default="3", min=1)
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Runs at a time.", show_default="one a core; 1 on a GPU", min=1),
-    ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each run.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    remeasure: Annotated[
-        bool,
-        typer.Option("--remeasure", help="Measure times and memory anew, on a quiet machine."),
-    ] = False,
+    seeds: Seeds = None,
+    workers: Workers = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    remeasure: Remeasure = False,
 ) -> None:
     """Train small language models with every optimizer; compare loss, memory and time.
 
@@ -117,19 +120,11 @@ def adapters(
     rates: Annotated[
         int | None, typer.Option(help="Learning rates of the grid.", show_default="all", min=1)
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Seeds at the best rate.", show_default="3", min=1)
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Runs at a time.", show_default="one a core; 1 on a GPU", min=1),
-    ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each run.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    remeasure: Annotated[
-        bool,
-        typer.Option("--remeasure", help="Measure times and memory anew, on a quiet machine."),
-    ] = False,
+    seeds: Seeds = None,
+    workers: Workers = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+    remeasure: Remeasure = False,
 ) -> None:
     """Fine-tune the same bases with every adapter; compare quality, sizes, memory and time.
 
