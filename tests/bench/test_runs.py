@@ -93,3 +93,10 @@ def test_a_second_writer_is_turned_away_and_sees_what_the_first_one_added(folder
         store.add(Job("train", {"seed": 2}), {"loss": 3.0}, seconds=1.0)
     with other.writing():
         assert len(other) == 3
+
+
+def test_a_folder_whose_first_run_was_given_up_is_gone_on_with(tmp_path):
+    store = RunStore(tmp_path / "bench")
+    with pytest.raises(KeyboardInterrupt), store.writing():
+        raise KeyboardInterrupt
+    assert len(RunStore(tmp_path / "bench")) == 0

@@ -112,9 +112,10 @@ class RunStore:
         """Be the only process that adds runs; others are turned away with a ``LockedError``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with write_lock(self.folder):
+            # The folder is known again although its first run was given up.
+            self.path.touch()
             # What another process finished in the meantime.
-            if self.path.is_file():
-                self._read()
+            self._read()
             yield
 
     def add(self, job: Job, result: Result, seconds: float) -> None:
