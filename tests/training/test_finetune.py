@@ -116,6 +116,7 @@ def stop_after_three_steps(monkeypatch):
         ("lm", "lora_ga", "lora_pro"),
         ("lm", "gradnormlorp", "gradnormlorp_adamw"),
         ("pairs", "eva", "adamw"),
+        ("pairs", "lora_sb", "adamw"),
         ("pairs", "pissa", "sgd"),
         ("classifier", "lora_ga", "adamw"),
         ("classifier", "dora", "muon"),

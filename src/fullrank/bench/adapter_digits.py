@@ -47,7 +47,7 @@ def digits(turned: bool) -> tuple[Data, Data, Data]:
     x = (x.rot90(dims=(1, 2)) if turned else x).reshape(-1, 64)
     y = torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, dev, test = ((x[rows], y[rows]) for rows in torch.split(order, _PARTS))
+    train, dev, test = ((x[rows], y[rows]) for rows in torch.split(order, list(_PARTS)))
     return train, dev, test
 
 

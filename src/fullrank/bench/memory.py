@@ -92,7 +92,8 @@ class Peak:
     def of(self, work: Callable[[], Any], model: nn.Module) -> int:
         """Do the work, which runs a model; return the most bytes that were alive in it."""
         if next(model.parameters()).device.type == "cpu":
-            with Census([*model.parameters(), *model.buffers()]) as census:
+            census = Census([*model.parameters(), *model.buffers()])
+            with census:
                 work()
             return census.most
         torch.cuda.reset_peak_memory_stats()

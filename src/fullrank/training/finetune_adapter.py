@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from fullrank.training.finetune_config import FULL, FinetuneRun
 from fullrank.training.finetune_tasks import Task
 from fullrank.training.processes import Processes
 from fullrank.training.quiet import precision_of
+from fullrank.training.schedule import TimeBox
 
 MakeTask = Callable[[FinetuneRun, Processes], Task]
 """Makes what is fine-tuned, from a run's settings and the processes that train together."""
@@ -41,14 +43,17 @@ def adapted(task: Task, run: FinetuneRun, progress: bool) -> Any:
     from fullrank.adapters import adapt, to_lora
     from fullrank.adapters.adapt_methods import METHODS
 
-    needs = METHODS[section.method].needs
+    method, options = METHODS[section.method], dict(section.options)
+    if "lr" in inspect.signature(method.start).parameters:
+        # Of the first step, which such a method starts from.
+        options.setdefault("lr", _first_rate(run))
     sources = {"activations": task.inputs, "gradients": task.calibration}
     tuned = adapt(
         task.base,
         section.method,
         plan=None if section.plan is None else RankPlan.load(section.plan),
         rank=section.rank,
-        data=sources[needs]() if needs in sources else None,
+        data=sources[method.needs]() if method.needs in sources else None,
         targets=section.targets,
         alpha=section.alpha,
         dropout=section.dropout,
@@ -56,13 +61,19 @@ def adapted(task: Task, run: FinetuneRun, progress: bool) -> Any:
         loss_fn=task.loss,
         seed=run.loop.seed,
         progress=progress,
-        **section.options,
+        **options,
     )
     if section.as_lora:
         to_lora(tuned)  # what cannot be saved so says so before it is trained
     if run.model.gradient_checkpointing:
         task.base.enable_input_require_grads()
     return tuned
+
+
+def _first_rate(run: FinetuneRun) -> float:
+    loop = run.loop
+    box = TimeBox(loop.steps, loop.seconds, warmup=loop.warmup, decay=loop.decay)
+    return run.optimizer.lr * box.factor(0)
 
 
 def trained_model(task: Task, tuned: Any) -> Any:
