@@ -14,7 +14,7 @@ from fullrank.bench.adapter_entrants import Tuning, chosen_tunings
 from fullrank.bench.adapter_scenes import SCENES
 from fullrank.bench.adapter_sizes import TASKS, AdapterSize, adapter_size
 from fullrank.bench.plot import Point, scatter
-from fullrank.bench.runs import RunStore
+from fullrank.bench.runs import Job, RunStore
 from fullrank.bench.search import RateSearch, run_searches
 from fullrank.bench.workers import checked_device, run_jobs
 from fullrank.core.errors import InputError, require
@@ -85,7 +85,6 @@ def bench_adapters(
     benches = [_Bench(size, ways, place, store) for size in sizes]
     boards = {}
     for bench in benches:
-        bench.prepare(progress)
         bench.measure(remeasure, progress)
         bench.train(workers, threads, progress)
         boards[bench.size.task] = board = bench.board()
@@ -116,23 +115,20 @@ class _Bench:
             score="score",
         )
 
-    def prepare(self, progress: bool) -> None:
-        """Make and measure the base; again where it has been removed."""
-        with progress_bar(f"{self.size.task}: base", 1, progress, unit="jobs") as advance:
-            run_jobs(
-                lambda _: [self._base],
-                self._work,
-                self.store,
-                again=not self._scene.ready,
-                advance=advance,
-            )
-
     def measure(self, again: bool, progress: bool) -> None:
-        """Measure starts, sizes, memory and times, with nothing else going on."""
-        jobs = [self._time, *self._starts.values()]
+        """Make the base, then measure it, starts, sizes, memory and times, one after another.
+
+        Again where the base has been removed.
+        """
+        others = [self._time, *self._starts.values()]
+
+        def due(store: RunStore) -> list[Job]:
+            return [self._base, *(others if self._scene.ready else [])]
+
+        again = again or not self._scene.ready
         name = f"{self.size.task}: measure"
-        with progress_bar(name, len(jobs), progress, unit="jobs") as advance:
-            run_jobs(lambda _: jobs, self._work, self.store, again=again, advance=advance)
+        with progress_bar(name, 1 + len(others), progress, unit="jobs") as advance:
+            run_jobs(due, self._work, self.store, again=again, advance=advance)
 
     def train(self, workers: int | None, threads: int | None, progress: bool) -> None:
         """Fine-tune what has not been yet."""
