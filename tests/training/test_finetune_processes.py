@@ -96,8 +96,8 @@ def test_two_processes_tune_as_one_with_batches_twice_as_large(runs, tmp_path):
             torch.load(path, weights_only=True)
             for path in (one / f"{name}-0.pt", two / f"{name}-0.pt", two / f"{name}-1.pt")
         )
-        torch.testing.assert_close(second["losses"], first["losses"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(second["metrics"], first["metrics"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second["losses"], first["losses"], rtol=3e-4, atol=1e-5)
+        torch.testing.assert_close(second["metrics"], first["metrics"], rtol=3e-4, atol=1e-5)
         assert second["tokens"] == first["tokens"]
         assert second["metrics"] == other["metrics"]
         for key, weight in second["weights"].items():
