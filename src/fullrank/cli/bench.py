@@ -152,3 +152,68 @@ def adapters(
         console.print(board.table())
         console.print(board.costs())
     console.print(f"{folder}: a table, figures and a picture for each task, and all runs")
+
+
+@app.command()
+def shrink(
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Small networks, little data, few steps: minutes in place of hours, to see how "
+            "it works. Its figures say little.",
+        ),
+    ] = False,
+    subject: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this model; may be repeated. cifar10: a ResNet on images; lm: a language "
+            "model over bytes on tinyshakespeare; vaswani, cranfield, pydocs: the embedded "
+            "encoder on that collection. All but pydocs are read from the folder that "
+            "FULLRANK_DATA names."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this method, e.g. lord; may be repeated. All differences are to "
+            "pca-uniform, feature PCA with the same share for every layer: keep it among them."
+        ),
+    ] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the layers' parameters to keep; may be repeated.",
+            show_default="0.9 0.75 0.6 0.5 0.4",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results; the same command goes on where it stopped.",
+            show_default="bench-shrink-full, or -quick",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each run.", min=1)] = 1,
+) -> None:
+    """Shrink trained models by every method to equal sizes; compare quality, bytes and speed.
+
+    Each model is measured in one shot and after equally long fine-tuning, with intervals.
+
+    Example: fullrank bench shrink --quick --subject cifar10 --share 0.5
+    """
+    from rich.console import Console
+
+    from fullrank.bench.shrink import bench_shrink
+    from fullrank.bench.shrink_sizes import shrink_size
+
+    size = shrink_size("quick" if quick else "full", tuple(share) if share else None)
+    folder = out or Path(f"bench-shrink-{size.name}")
+    found = bench_shrink(
+        folder, size=size, subjects=subject, methods=method, workers=workers, threads=threads
+    )
+    console = Console()
+    for name in found.rows:
+        console.print(found.table(name))
+    console.print(f"{folder}: shrink.md, shrink.json, pictures, and all runs")
