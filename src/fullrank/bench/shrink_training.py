@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fullrank.bench.shrink_subjects import Subject
+    from fullrank.bench.shrink_subject import Subject
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Prepare = Callable[[torch.optim.Optimizer], object]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fullrank.bench.shrink_subjects import Subject
+from fullrank.bench.shrink_subject import Subject
 from fullrank.bench.shrink_training import Loss, Prepare, train
 from fullrank.compress.calibration import CalibrationStats
 from fullrank.compress.factorization import factorize
