@@ -5,7 +5,6 @@ Not a benchmark: what ``shrink_pela.py``, ``shrink_trp.py`` and ``shrink_maestro
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fullrank.bench.shrink_images import read_cifar10
 
 
 class Images(NamedTuple):
@@ -49,19 +50,7 @@ def digits(seed: int = 0) -> Images:
 
 def cifar(folder: Path, train: int, test: int) -> Images:
     """The first images of the CIFAR-10 subset, normalised by channel."""
-    import pyarrow.parquet as parquet
-    from PIL import Image
-
-    def read(name: str, count: int) -> tuple[Tensor, Tensor]:
-        rows = parquet.read_table(folder / "cifar10" / f"{name}.parquet").slice(0, count)
-        raw = [Image.open(io.BytesIO(cell["bytes"])) for cell in rows["img"].to_pylist()]
-        x = torch.tensor(np.stack([np.asarray(image.convert("RGB")) for image in raw]))
-        x = x.permute(0, 3, 1, 2).float() / 255
-        return x, torch.tensor(rows["label"].to_pylist())
-
-    (x, y), (x_test, y_test) = read("train", train), read("test", test)
-    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    return Images((x - mean) / std, y, (x_test - mean) / std, y_test)
+    return Images(*read_cifar10(train, test, folder))
 
 
 def batches(

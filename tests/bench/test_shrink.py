@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import WORDS, save_encoder
 from torch import nn
 from typer.testing import CliRunner
 
+from fullrank import datasets
 from fullrank.bench import shrink as module
 from fullrank.bench import shrink_jobs
 from fullrank.bench.shrink import bench_shrink
@@ -20,8 +22,9 @@ from fullrank.bench.shrink_table import Comparison, rows_of
 from fullrank.bench.shrink_workbench import Workbench, kept_at_most
 from fullrank.cli.bench import app
 from fullrank.compress import LowRankLinear, make_plan
-from fullrank.core import InputError
+from fullrank.core import Corpus, InputError
 from fullrank.core.rank_rules import FractionOfBreakEven
+from fullrank.datasets import Dataset
 
 MICRO = ShrinkSize(
     "micro",
@@ -222,6 +225,38 @@ def test_bad_input_is_found_before_anything_is_run(tmp_path, monkeypatch):
         assert not out.exists()
     with pytest.raises(InputError, match=r"share 1\.5"):
         shrink_size("quick", (1.5,))
+
+
+def _collection(documents):
+    words = WORDS[:30]
+    texts = {str(i): f"{words[i % 30]} {words[i * 7 % 30]} rank" for i in range(documents)}
+    corpus = Corpus(list(texts), list(texts.values()))
+    queries = {"a": words[3], "b": words[5]}
+    return Dataset("toy", corpus, queries, {"a": {"3": 1}, "b": {"5": 1, "35": 1}})
+
+
+def test_an_encoder_is_measured_on_what_it_was_not_calibrated_on(tmp_path, monkeypatch):
+    folder = save_encoder(tmp_path)
+    monkeypatch.setattr("fullrank.core.models.DEFAULT_ENCODER", str(folder))
+    monkeypatch.setattr(datasets, "cranfield", lambda: _collection(220))
+    subject = SUBJECTS["cranfield"](MICRO, tmp_path)
+    values = subject.values(subject.original)
+    assert values.shape == (2,)
+    assert 0 < values.max() <= 1
+    assert subject.cosine(subject.original) == pytest.approx(1, abs=1e-6)
+    assert not any("pooler" in name for name in subject.layers)
+    assert sum(len(batch["input_ids"]) for batch in subject.calibration) == MICRO.texts
+    bench = Workbench(subject, steps=2)
+    (entrant,) = chosen_entrants(["gauss_newton"])
+    small = entrant.shrink(bench, 0.5)
+    assert subject.cosine(small) < 1
+    assert subject.loss(subject.original, subject.calibration[0]) < 1e-9
+    assert subject.loss(small, subject.calibration[0]) > 1e-6
+    assert shrink_jobs._costs(bench, small, sparse=False)["kept"] <= 0.5
+
+    monkeypatch.setattr(datasets, "cranfield", lambda: _collection(150))
+    with pytest.raises(InputError, match="toy has 147 documents"):
+        SUBJECTS["cranfield"](MICRO, tmp_path)
 
 
 def test_images_that_are_not_there(monkeypatch, tmp_path):

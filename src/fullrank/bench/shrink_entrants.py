@@ -17,6 +17,7 @@ from fullrank.compress.pela import pela_plan
 from fullrank.compress.pela_loss import PELALoss
 from fullrank.compress.planning import layer_spectra, make_plan
 from fullrank.compress.solvers import Method
+from fullrank.compress.targets import factorisable
 from fullrank.compress.trp import TRP
 from fullrank.compress.welore import WeLoreConfig, mark_trainable, welore_plan
 from fullrank.core.errors import InputError
@@ -76,8 +77,7 @@ def _prune(bench: Workbench, share: float) -> nn.Module:
 
 
 def _weights(model: nn.Module, layers: Sequence[str]) -> list[Tensor]:
-    modules = dict(model.named_modules())
-    return [modules[name].get_parameter("weight") for name in layers]
+    return [layer.get_parameter("weight") for layer in factorisable(model, layers).values()]
 
 
 # -- and trained -------------------------------------------------------------------------------

@@ -23,25 +23,29 @@ class Images(NamedTuple):
     y_test: Tensor
 
 
-def read_cifar10(train: int, test: int) -> Images:
+def read_cifar10(train: int, test: int, data: str | Path | None = None) -> Images:
     """Read the first images of ``cifar10/{train,test}.parquet``, normalised by channel.
+
+    Parameters
+    ----------
+    train, test
+        How many images at most.
+    data
+        Folder that holds ``cifar10``; by default the one that ``FULLRANK_DATA`` names.
 
     Raises
     ------
     InputError
-        When the folder that ``FULLRANK_DATA`` names does not hold them.
+        When it is not there.
     """
-    data = os.environ.get("FULLRANK_DATA")
-    if not data or not (Path(data) / "cifar10" / "train.parquet").is_file():
+    folder = Path(data or os.environ.get("FULLRANK_DATA") or ".") / "cifar10"
+    if not (folder / "train.parquet").is_file():
         raise InputError(
             "CIFAR-10 is not part of the package: set the environment variable FULLRANK_DATA to "
             "the folder that holds cifar10/train.parquet and cifar10/test.parquet"
         )
-    folder = Path(data) / "cifar10"
-    (x, y), (x_test, y_test) = (
-        _read(folder / "train.parquet", train),
-        _read(folder / "test.parquet", test),
-    )
+    x, y = _read(folder / "train.parquet", train)
+    x_test, y_test = _read(folder / "test.parquet", test)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     return Images((x - mean) / std, y, (x_test - mean) / std, y_test)
 

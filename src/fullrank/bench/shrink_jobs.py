@@ -22,6 +22,7 @@ from fullrank.bench.shrink_subjects import SUBJECTS
 from fullrank.bench.shrink_workbench import Workbench
 from fullrank.bench.timing import Step, Stopwatch, interleaved_times, stopwatch
 from fullrank.compress.store import save
+from fullrank.compress.targets import factorisable
 from fullrank.core.batches import Batch, call
 from fullrank.core.errors import InputError
 from fullrank.training.quiet import own_randomness, quiet_libraries
@@ -110,8 +111,8 @@ def _costs(bench: Workbench, model: nn.Module, sparse: bool) -> Result:
         (lambda p: int(torch.count_nonzero(p))) if sparse else (lambda p: p.numel())
     )
     original = bench.subject.original
-    modules = dict(original.named_modules())
-    dense = sum(modules[name].get_parameter("weight").numel() for name in bench.layers)
+    layers = factorisable(original, bench.layers).values()
+    dense = sum(layer.get_parameter("weight").numel() for layer in layers)
     parameters = sum(map(count, model.parameters()))
     saved = sum(map(count, original.parameters())) - parameters
     return {

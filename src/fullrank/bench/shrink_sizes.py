@@ -19,7 +19,7 @@ class ShrinkSize:
     ----------
     documents, texts, tokens
         Of the encoder: documents that are ranked at most (judged ones are always among them),
-        texts of calibration and fine-tuning, and tokens that a text is cut to.
+        texts of calibration and fine-tuning at most, and tokens that a text is cut to.
     images, test_images, channels, epochs
         Of CIFAR-10: images that are trained and tested on, channels of the network's first
         stage (64 in ResNet-18), epochs of its training.

@@ -86,12 +86,13 @@ def _divided(data: Any, part: Any, size: ShrinkSize) -> tuple[Any, list[str], li
     kept = [i for i in data.corpus.ids if i in judged]
     others = [i for i in data.corpus.ids if i not in judged]
     draw.shuffle(others)
-    room = len(others) - size.texts - _COMPARED
-    if room < 0:
+    # Small collections leave fewer texts to calibrate on, and nothing beside the judged to rank.
+    if len(others) < 2 * _COMPARED:
         raise InputError(
-            f"{data.name} has {len(others)} documents that no test query judges; "
-            f"{size.texts + _COMPARED} are needed to calibrate and compare on"
+            f"{data.name} has {len(others)} documents that no test query judges; at least "
+            f"{2 * _COMPARED} are needed to calibrate and compare on"
         )
+    room = len(others) - size.texts - _COMPARED
     measured = max(0, min(size.documents - len(kept), room))
     contents = [data.corpus[i].contents for i in others[measured:]]
     queries = list(data.split("train").queries.values()) if data.parts else []

@@ -15,6 +15,7 @@ from fullrank.compress.calibration import CalibrationStats
 from fullrank.compress.factorization import factorize
 from fullrank.compress.family import Allocation, PlanFamily
 from fullrank.compress.solvers import Method
+from fullrank.compress.targets import factorisable
 from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
 
@@ -46,7 +47,7 @@ class Workbench:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers that may be shrunk."""
+        """Canonical names of the layers that may be shrunk."""
         return self.subject.layers
 
     def copy(self) -> nn.Module:
@@ -77,8 +78,7 @@ class Workbench:
         """What the layers see, and how the output reacts to them."""
 
         def observe() -> CalibrationStats:
-            modules = dict(self.subject.original.named_modules())
-            layers = {name: modules[name] for name in self.layers}
+            layers = factorisable(self.subject.original, self.layers)
             stats = CalibrationStats(layers, gradients=True)
             return stats.observe(self.subject.original, self.subject.calibration, progress=False)
 
