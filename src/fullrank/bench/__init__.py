@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fullrank.bench.runs import Job as Job
     from fullrank.bench.runs import RunStore as RunStore
     from fullrank.bench.search import RateSearch as RateSearch
+    from fullrank.bench.shrink import bench_shrink as bench_shrink
+    from fullrank.bench.shrink_sizes import ShrinkSize as ShrinkSize
     from fullrank.bench.sizes import Size as Size
     from fullrank.bench.workers import run_jobs as run_jobs
 
@@ -28,6 +30,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "bench_optimizers": "optimizers",
         **dict.fromkeys(["Job", "RunStore"], "runs"),
         "RateSearch": "search",
+        "bench_shrink": "shrink",
+        "ShrinkSize": "shrink_sizes",
         "Size": "sizes",
         "run_jobs": "workers",
     },

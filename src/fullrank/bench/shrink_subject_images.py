@@ -43,14 +43,14 @@ class ImageSubject(Subject):
         names = list(factorisable(self.original))
         # The first convolution and the classifier are small, and all depends on them.
         self.layers = tuple(names[1:-1])
-        self.calibration = list(self._data.x[: size.texts].split(size.batch))
+        self.calibration = list(torch.split(self._data.x[: size.texts], size.batch))
         self.example = self._data.x_test[:32]
 
     @torch.no_grad()
     def values(self, model: nn.Module) -> Values:
         """See :meth:`Subject.values`."""
         with evaluating(model):
-            found = torch.cat([model(x).argmax(1) for x in self._data.x_test.split(250)])
+            found = torch.cat([model(x).argmax(1) for x in torch.split(self._data.x_test, 250)])
         right: Values = (found == self._data.y_test).double().numpy()
         return right
 
@@ -70,7 +70,7 @@ class ImageSubject(Subject):
         while True:
             order = torch.randperm(len(self._data.y), generator=generator)
             # Batch statistics of a last, smaller batch would be worse ones.
-            for index in order.split(self._batch)[: len(order) // self._batch]:
+            for index in torch.split(order, self._batch)[: len(order) // self._batch]:
                 yield self._data.x[index], self._data.y[index]
 
     def ready(self, model: nn.Module) -> nn.Module:

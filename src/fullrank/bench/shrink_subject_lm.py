@@ -61,7 +61,7 @@ class LMSubject(Subject):
         whole = [
             block["input_ids"] for block in found.dev if len(block["input_ids"]) > size.context
         ]
-        self._dev = torch.stack(whole).split(size.batch)
+        self._dev = torch.split(torch.stack(whole), size.batch)
         self._bits = float(np.log(2)) * found.bytes_per_token
         draw = self.training(seed=-1)
         self.calibration = [

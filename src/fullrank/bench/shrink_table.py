@@ -75,6 +75,8 @@ class Row:
 
 
 Runs = Mapping[tuple[str, float], Result]
+# What a run says of a model and of itself, under the names of the row's fields.
+_MEASURED = ("kept", "parameters", "bytes", "flops", "speed", "seconds", "training_seconds")
 
 
 def rows_of(original: Result, runs: Runs) -> list[Row]:
@@ -83,12 +85,10 @@ def rows_of(original: Result, runs: Runs) -> list[Row]:
         Row(
             method,
             share,
-            _stage("one_shot", run, original, runs.get((BASELINE, share))),
-            _stage("tuned", run, original, runs.get((BASELINE, share))),
-            run.get("why", ""),
-            *(run.get(key) for key in ("kept", "parameters", "bytes", "flops", "speed")),
-            run.get("seconds"),
-            run.get("training_seconds"),
+            one_shot=_stage("one_shot", run, original, runs.get((BASELINE, share))),
+            tuned=_stage("tuned", run, original, runs.get((BASELINE, share))),
+            note=run.get("why", ""),
+            **{key: run.get(key) for key in _MEASURED},
         )
         for (method, share), run in runs.items()
     ]

@@ -87,10 +87,16 @@ class Workbench:
     def family(self, method: Method, allocation: Allocation) -> PlanFamily:
         """Decompose all layers by a method."""
         stats, subject = self.stats, self.subject
-        options = {"method": method, "allocation": allocation, "grid": subject.grid}
 
         def make() -> PlanFamily:
-            return PlanFamily(subject.original, stats, include=self.layers, **options)
+            return PlanFamily(
+                subject.original,
+                stats,
+                method=method,
+                allocation=allocation,
+                grid=subject.grid,
+                include=self.layers,
+            )
 
         return self.once((method, allocation), make)
 
