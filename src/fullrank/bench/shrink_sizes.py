@@ -82,7 +82,7 @@ _SIZES = (
         "full",
         documents=4000,
         texts=512,
-        tokens=128,
+        tokens=64,
         images=12_000,
         test_images=2000,
         channels=32,
@@ -94,7 +94,7 @@ _SIZES = (
         pretraining=6000,
         dev_bytes=65_536,
         batch=32,
-        steps=300,
+        steps=100,
         rounds=20,
     ),
 )

@@ -13,11 +13,13 @@ from fullrank.bench.shrink_sizes import ShrinkSize
 from fullrank.bench.shrink_subject import Subject, Values
 from fullrank.compress.batches import Batches, attention_mask, output_of
 from fullrank.compress.targets import factorisable
-from fullrank.core.batches import Batch, call
+from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 
 # Documents whose embeddings are compared; they are in nothing else.
 _COMPARED = 100
+# Texts that a forward pass is timed on, and their tokens: those of a document.
+_EXAMPLES, _EXAMPLE_TOKENS = 8, 128
 
 
 class EncoderSubject(Subject):
@@ -44,13 +46,12 @@ class EncoderSubject(Subject):
             self.clusters = [part.clusters[q] for q in self._metric.queries]
         # The pooler's output is not part of an embedding that is a mean.
         self.layers = tuple(factorisable(self.original, exclude="*pooler*"))
-        self.calibration = self._batches(texts, size)
-        self.example = self._batches([" ".join(texts)] * 8, size)[0]
+        self.calibration = list(
+            Batches(self.original, texts, batch_size=size.batch, max_length=size.tokens)
+        )
+        whole = [" ".join(texts)] * _EXAMPLES
+        self.example = next(iter(Batches(self.original, whole, max_length=_EXAMPLE_TOKENS)))
         self._embedded = self._embed(self.original)
-
-    def _batches(self, texts: list[str], size: ShrinkSize) -> list[Batch]:
-        made = Batches(self.original, texts, batch_size=size.batch, max_length=size.tokens)
-        return list(made)
 
     def values(self, model: nn.Module) -> Values:
         """See :meth:`Subject.values`."""
