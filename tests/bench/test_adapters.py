@@ -58,7 +58,10 @@ def test_made_then_gone_on_with(tmp_path, monkeypatch):
         assert "full fine-tuning" in (out / "digits.svg").read_text()
 
     # All is there already: the work is never asked for.
-    monkeypatch.setattr(module.adapter_jobs, "work", None)
+    def asked(*_):
+        raise AssertionError("a job was done again")
+
+    monkeypatch.setattr(module.adapter_jobs, "work", asked)
     again = bench_adapters(out, **options)["digits"]
     assert again == first
 

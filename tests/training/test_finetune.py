@@ -134,6 +134,8 @@ def test_it_goes_on_bit_for_bit_and_is_found_again(
         changes.append("optimizer.rank=1")
     if kind == "classifier" and method == "lora_ga":
         changes.append("adapter.rank=1")
+    if method == "lora_sb":
+        changes.append("adapter.options={n_samples: 20}")
     run = run_of(kind, *changes)
     data = toy if kind == "encoder" else None
     whole = finetune(run, data=data, progress=False)
