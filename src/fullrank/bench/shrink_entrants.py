@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullrank.bench.shrink_workbench import Workbench, kept_at_most
 from fullrank.compress.factorization import factorize
 from fullrank.compress.family import Allocation
-from fullrank.compress.greenformers import greenformers_plan
+from fullrank.compress.family_weights import WeightFamily, WeightMethod
 from fullrank.compress.maestro import Maestro
 from fullrank.compress.pela import pela_plan
 from fullrank.compress.pela_loss import PELALoss
@@ -19,7 +19,7 @@ from fullrank.compress.planning import layer_spectra, make_plan
 from fullrank.compress.solvers import Method
 from fullrank.compress.targets import factorisable
 from fullrank.compress.trp import TRP
-from fullrank.compress.welore import WeLoreConfig, mark_trainable, welore_plan
+from fullrank.compress.welore import mark_trainable
 from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
 from fullrank.core.rank_rules import Energy, ParamRatio
@@ -44,19 +44,12 @@ def _svd(bench: Workbench, share: float) -> nn.Module:
     return bench.factorised(plan)
 
 
-def _greenformers(bench: Workbench, share: float) -> nn.Module:
-    plan = greenformers_plan(bench.subject.original, share, include=bench.layers)
-    return bench.factorised(plan)
+def _of_weights(method: WeightMethod) -> Callable[[Workbench, float], nn.Module]:
+    def shrink(bench: Workbench, share: float) -> nn.Module:
+        family = WeightFamily(bench.subject.original, method, include=bench.layers)
+        return bench.factorised(family.plan(share))
 
-
-def _welore(bench: Workbench, share: float) -> nn.Module:
-    original, layers = bench.subject.original, bench.layers
-    spectra = layer_spectra(original, include=layers)
-
-    def plan(retained: float) -> RankPlan:
-        return welore_plan(original, WeLoreConfig(theta=1 - retained, include=layers), spectra)
-
-    return bench.factorised(kept_at_most(share, plan)[1])
+    return shrink
 
 
 def _pela(bench: Workbench, share: float) -> nn.Module:
@@ -199,8 +192,8 @@ ENTRANTS = (
     Entrant("gauss_newton", _of_family("gauss_newton", "sensitivity")),
     Entrant("lord", _of_family("output_pca", "sensitivity")),
     Entrant(BASELINE, _of_family("output_pca", "uniform")),
-    Entrant("greenformers", _greenformers),
-    Entrant("welore", _welore, _tuned_welore),
+    Entrant("greenformers", _of_weights("greenformers")),
+    Entrant("welore", _of_weights("welore"), _tuned_welore),
     Entrant("pela", _pela, _tuned_pela),
     Entrant("trp", None, _trp),
     Entrant("maestro", None, _maestro),

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fullrank.spectra.feature_rank import feature_rank as feature_rank
     from fullrank.spectra.gradient_quality import GradientQuality as GradientQuality
     from fullrank.spectra.gradient_spectrum import gradient_spectrum as gradient_spectrum
+    from fullrank.spectra.heavy_tail import TailFit as TailFit
+    from fullrank.spectra.heavy_tail import heavy_tail_alpha as heavy_tail_alpha
+    from fullrank.spectra.lidar import lidar as lidar
     from fullrank.spectra.matrix_spectrum import MatrixSpectrum as MatrixSpectrum
     from fullrank.spectra.measures import effective_rank as effective_rank
     from fullrank.spectra.measures import energy_rank as energy_rank
@@ -51,6 +54,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **dict.fromkeys(["RankDynamics", "rank_dynamics"], "dynamics"),
         "feature_rank": "feature_rank",
         "MatrixSpectrum": "matrix_spectrum",
+        **dict.fromkeys(["TailFit", "heavy_tail_alpha"], "heavy_tail"),
+        "lidar": "lidar",
         "GradientQuality": "gradient_quality",
         "gradient_spectrum": "gradient_spectrum",
         "RankMeCallback": "callback",

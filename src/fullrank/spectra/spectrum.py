@@ -112,6 +112,16 @@ class Spectrum:
         return float(energy.sum() ** 2 / (np.square(energy).sum() or 1.0))
 
     @property
+    def heavy_tail_alpha(self) -> float:
+        """See :func:`~fullrank.spectra.heavy_tail_alpha`; NaN where too few values make a tail."""
+        from fullrank.spectra.heavy_tail import heavy_tail_alpha
+
+        try:
+            return heavy_tail_alpha(self.values.copy(), input="singular_values").alpha
+        except InputError:
+            return float("nan")
+
+    @property
     def energy(self) -> Vector:
         """Share of the sum of squares that the leading 1, 2, ... values hold; ends at 1."""
         energy = np.cumsum(np.square(self.relative))
