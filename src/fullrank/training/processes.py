@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,9 @@ class Processes:
 
             on_cpu = device.type == "cpu"
             PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl")
+            # Threads of a group that is there at the end of the process may abort it.
+            atexit.unregister(_leave)
+            atexit.register(_leave)
 
     def wait(self) -> None:
         """Return once all have come here."""
@@ -74,6 +78,11 @@ class Processes:
             yield self.main
         finally:
             self.wait()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class SharedClock:
