@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 MEASURES = {"nuclear": "nuclear norm", "erank": "effective rank"}
 
 _STYLE = """
-.violins{display:grid;grid-template-columns:repeat(auto-fill,minmax(17.5rem,1fr));gap:1rem}
+.violins{display:grid;grid-template-columns:repeat(auto-fill,minmax(17.5rem,1fr));gap:1rem;
+margin-top:1rem}
 .violins figure{background:var(--soft);border-radius:.6rem;padding:.8rem;margin:0;min-width:0;
 overflow-wrap:anywhere}
 .violins svg{width:100%;height:auto;display:block}
