@@ -96,10 +96,13 @@ def test_inputs_leave_padding_out(model):
     streamed = input_spectra(model, halves)
     for name, spectrum in found.items():
         assert streamed[name].values == pytest.approx(spectrum.values, rel=1e-6, abs=1e-5)
-    few = input_spectra(model, [{"input_ids": ids[:1, :3]}])
-    assert not few["layer.0.up"].values[3:].any()
-    with pytest.raises(InputError, match="no linear layer ran"):
+    with pytest.warns(UserWarning, match="3 samples of width 16"):
+        few = input_spectra(model, [{"input_ids": ids[:1, :3]}])
+    assert len(few["layer.0.up"]) == 3
+    with pytest.raises(InputError, match="none of the chosen modules ran"):
         input_spectra(model, [])
+    with pytest.raises(InputError, match="no modules were chosen"):
+        input_spectra(nn.Embedding(4, 3), [])
 
 
 def test_texts_become_batches():

@@ -23,8 +23,9 @@ def capture(
     modules
         Name -> module to watch.
     consume
-        Receives the name and the module's first input or its (first) output, detached. An
-        exception in it stops the forward pass.
+        Receives the name and the module's first input or its (first) output, detached; of a
+        tuple or a mapping, such as transformers' outputs are, the first of it. Is not called for
+        what is no tensor. An exception in it stops the forward pass.
     side
         ``"input"`` or ``"output"``.
 
@@ -41,8 +42,9 @@ def capture(
     def hook(name: str) -> Callable[..., None]:
         def run(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             value = output if side == "output" else next(iter((*args, *named.values())))
-            value = value[0] if isinstance(value, tuple) else value
-            consume(name, value.detach())
+            tensor = _first_tensor(value)
+            if tensor is not None:
+                consume(name, tensor)
 
         return run
 
@@ -55,3 +57,11 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    from torch import Tensor
+
+    while isinstance(value, (Mapping, tuple, list)) and value:
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value.detach() if isinstance(value, Tensor) else None

@@ -10,33 +10,27 @@ from torch import Tensor
 from fullrank.core.errors import InputError
 
 
-class Moments:
-    """Count, sum and second moment ``sum x x^T`` of vectors seen in batches, in float64.
+class Sums:
+    """Count and sums over vectors seen in batches, in float64: what two kinds of moments share.
 
-    Sums do not depend on how the samples were cut into batches, up to float64 rounding.
+    A subclass names its tensors in ``sums``, each a plain sum over samples, and says in ``_add``
+    what a sample adds to them; sums of shards are then the shards' sums added up.
 
     Parameters
     ----------
     width
         Length d of each vector.
     device
-        Where the (d, d) sums live; the CPU by default. Batches are moved there.
-
-    Examples
-    --------
-    >>> moments = Moments(2)
-    >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
-    >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
-    (2, [2.0, 1.0], [[1.0, 1.0], [1.0, 1.0]])
+        Where the sums live; the CPU by default. Batches are moved there.
     """
+
+    sums: tuple[str, ...] = ("sum",)
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         if width < 1:
             raise InputError(f"vectors of width {width}; it must be at least 1")
         self.count = 0
         self.sum = torch.zeros(width, dtype=torch.float64, device=device)
-        # Its lower triangle; above it, some of the sums are there and some are not.
-        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     @property
     def width(self) -> int:
@@ -73,21 +67,24 @@ class Moments:
             raise InputError("a batch holds NaN or infinite values; the moments are unchanged")
         self.count += x.shape[0]
         self.sum += total
-        for band in _bands(self.width):
-            self.second[band, : band.stop].addmm_(x[:, band].T, x[:, : band.stop])
+        self._add(x)
 
-    def merge(self, other: Moments) -> None:
+    def _add(self, rows: Tensor) -> None:
+        """Add rows ``(n, d)``, float64, to the sums of the subclass."""
+
+    def merge(self, other: Sums) -> None:
         """Add what another instance has seen, e.g. on another shard."""
         if other.width != self.width:
             raise InputError(f"cannot merge moments of widths {self.width} and {other.width}")
         self.count += other.count
-        self.sum += other.sum.to(self.sum.device)
-        self.second += other.second.to(self.second.device)
+        for name in self.sums:
+            own: Tensor = getattr(self, name)
+            own += getattr(other, name).to(own.device)
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum over all processes of a ``torch.distributed`` group, in place."""
         count = torch.tensor(self.count, dtype=torch.int64, device=self.sum.device)
-        for tensor in (count, self.sum, self.second):
+        for tensor in (count, *(getattr(self, name) for name in self.sums)):
             torch.distributed.all_reduce(tensor, group=group)
         self.count = int(count)
 
@@ -101,6 +98,53 @@ class Moments:
         self._check_seen()
         return self.sum / self.count
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return plain tensors, fit for safetensors."""
+        state = {name: getattr(self, name).clone() for name in self.sums}
+        return {"count": torch.tensor(self.count), **state}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` gave."""
+        if state["sum"].shape != self.sum.shape:
+            raise InputError(
+                f"the state is of width {state['sum'].numel()}, these moments are {self.width}"
+            )
+        self.count = int(state["count"])
+        for name in self.sums:
+            getattr(self, name).copy_(state[name])
+
+
+class Moments(Sums):
+    """Count, sum and second moment ``sum x x^T`` of vectors seen in batches, in float64.
+
+    Sums do not depend on how the samples were cut into batches, up to float64 rounding.
+
+    Parameters
+    ----------
+    width
+        Length d of each vector.
+    device
+        Where the (d, d) sums live; the CPU by default. Batches are moved there.
+
+    Examples
+    --------
+    >>> moments = Moments(2)
+    >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 2.0]]))
+    >>> moments.count, moments.mean.tolist(), moments.covariance.tolist()
+    (2, [2.0, 1.0], [[1.0, 1.0], [1.0, 1.0]])
+    """
+
+    sums = ("sum", "second")
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(width, device)
+        # Its lower triangle; above it, some of the sums are there and some are not.
+        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def _add(self, rows: Tensor) -> None:
+        for band in _bands(self.width):
+            self.second[band, : band.stop].addmm_(rows[:, band].T, rows[:, : band.stop])
+
     @property
     def second_moment(self) -> Tensor:
         """(d, d) uncentred second moment, divided by the count."""
@@ -111,24 +155,6 @@ class Moments:
     def covariance(self) -> Tensor:
         """(d, d) covariance, divided by the count (not count - 1), symmetric."""
         return self.second_moment - torch.outer(self.mean, self.mean)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return plain tensors, fit for safetensors."""
-        return {
-            "count": torch.tensor(self.count),
-            "sum": self.sum.clone(),
-            "second": self.second.clone(),
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
-        if state["sum"].shape != self.sum.shape:
-            raise InputError(
-                f"the state is of width {state['sum'].numel()}, these moments are {self.width}"
-            )
-        self.count = int(state["count"])
-        self.sum.copy_(state["sum"])
-        self.second.copy_(state["second"])
 
 
 def _bands(width: int) -> list[slice]:

@@ -6,6 +6,8 @@ from fullrank._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from fullrank.core.plan import RankPlan as RankPlan
+    from fullrank.spectra.activations import ActivationMeter as ActivationMeter
+    from fullrank.spectra.activations import activation_spectra as activation_spectra
     from fullrank.spectra.callback import RankMeCallback as RankMeCallback
     from fullrank.spectra.dynamics import RankDynamics as RankDynamics
     from fullrank.spectra.dynamics import rank_dynamics as rank_dynamics
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fullrank.spectra.measures import nuclear_norm as nuclear_norm
     from fullrank.spectra.measures import participation_ratio as participation_ratio
     from fullrank.spectra.measures import stable_rank as stable_rank
+    from fullrank.spectra.meter import SpectrumMeter as SpectrumMeter
     from fullrank.spectra.rankme import RankMeMeter as RankMeMeter
     from fullrank.spectra.rankme import rankme as rankme
     from fullrank.spectra.rankme import select_by_rankme as select_by_rankme
@@ -46,6 +49,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             ],
             "measures",
         ),
+        **dict.fromkeys(["ActivationMeter", "activation_spectra"], "activations"),
+        "SpectrumMeter": "meter",
         **dict.fromkeys(["RankMeMeter", "rankme", "select_by_rankme"], "rankme"),
         **dict.fromkeys(["XRay", "xray"], "xray"),
         **dict.fromkeys(["RunLog", "read_run"], "run_log"),

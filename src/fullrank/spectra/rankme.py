@@ -7,6 +7,7 @@ number of samples, several times the width.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,17 +16,18 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
-from fullrank.core.moments import Moments
 from fullrank.spectra.measures import effective_rank
+from fullrank.spectra.meter import SpectrumMeter
 from fullrank.spectra.values import as_tensor, singular_values
 
 EPS = 1e-7
 """Added to every share of the singular values (paper, section 3.1: float32 rounding)."""
 
 
-def _score(values: Tensor, samples: int, width: int, eps: float) -> float:
+def _score(values: Tensor, samples: int, width: int, eps: float, center: bool) -> float:
     if not float(values.sum()) > 0:
-        raise InputError("all embeddings are zero: there is no rank to speak of")
+        alike = "the same" if center else "zero"
+        raise InputError(f"all embeddings are {alike}: there is no rank to speak of")
     if samples < 2 * width:
         warnings.warn(
             f"{samples} samples of width {width}: RankMe still grows with the number of samples "
@@ -77,15 +79,16 @@ def rankme(embeddings: Any, eps: float = EPS, center: bool = False) -> float:
             f"embeddings of shape {tuple(Z.shape)}; expected (samples, width): pool or flatten "
             "token tensors first"
         )
-    return _score(singular_values(Z, center=center), len(Z), Z.shape[1], eps)
+    return _score(singular_values(Z, center=center), len(Z), Z.shape[1], eps, center)
 
 
-class RankMeMeter:
+class RankMeMeter(SpectrumMeter):
     """RankMe of embeddings seen in batches, in constant memory.
 
     Keeps the ``(K, K)`` second moment in float64, so the result does not depend on how the
-    samples were cut into batches; it is not the average of the batches' scores. The square root
-    of the moment's eigenvalues loses singular values below 1e-8 of the largest.
+    samples were cut into batches; it is not the average of the batches' scores. What the
+    :class:`~fullrank.spectra.SpectrumMeter` under it loses, singular values below 6e-8 of the
+    largest, is below ``eps``.
 
     Parameters
     ----------
@@ -107,18 +110,12 @@ class RankMeMeter:
     def __init__(
         self, eps: float = EPS, center: bool = False, device: torch.device | str = "cpu"
     ) -> None:
+        # Never sketched: a sketch would cut the score off.
+        super().__init__(center=center, exact_to=sys.maxsize, device=device)
         self.eps = eps
-        self.center = center
-        self.device = device
-        self._moments: Moments | None = None
 
-    @property
-    def count(self) -> int:
-        """Number of samples seen."""
-        return 0 if self._moments is None else self._moments.count
-
-    def update(self, embeddings: Any) -> None:
-        """Add a batch ``(n, K)``.
+    def update(self, batch: Any, mask: Any = None) -> None:
+        """Add a batch ``(n, K)``; ``mask`` ``(n,)`` is False for rows to leave out.
 
         Raises
         ------
@@ -126,12 +123,10 @@ class RankMeMeter:
             On a batch that is not 2-D, empty, of integers, of another width or not finite; the
             meter is then unchanged.
         """
-        Z = as_tensor(embeddings, "a batch of embeddings")
+        Z = as_tensor(batch, "a batch of embeddings", finite=False)
         if Z.ndim != 2:
             raise InputError(f"a batch of shape {tuple(Z.shape)}; expected (samples, width)")
-        moments = self._moments or Moments(Z.shape[1], self.device)
-        moments.update(Z)
-        self._moments = moments
+        super().update(Z, mask)
 
     def compute(self) -> float:
         """RankMe of everything seen.
@@ -141,26 +136,10 @@ class RankMeMeter:
         InputError
             When nothing was seen, or only zeros.
         """
-        if self._moments is None:
+        if self.width is None or not self.count:
             raise InputError("no embeddings were seen; update() with at least one batch first")
-        moments = self._moments
-        second = moments.covariance if self.center else moments.second_moment
-        values = torch.linalg.eigvalsh(second).clamp_min(0).sqrt()
-        # A matrix of N rows has no more than N singular values; the moment's others are rounding.
-        kept = values.flip(0)[: min(moments.count, moments.width)]
-        return _score(kept, moments.count, moments.width, self.eps)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._moments = None
-
-    def merge(self, other: RankMeMeter) -> None:
-        """Add what another meter has seen, e.g. on another shard."""
-        if other._moments is None:
-            return
-        if self._moments is None:
-            self._moments = Moments(other._moments.width, self.device)
-        self._moments.merge(other._moments)
+        values = torch.from_numpy(self._spectrum().values.copy())
+        return _score(values, self.count, self.width, self.eps, self.center)
 
     def sync(self, process_group: Any = None) -> None:
         """Sum over all processes of a ``torch.distributed`` group, in place.
@@ -172,35 +151,11 @@ class RankMeMeter:
         InputError
             When no process has seen anything, or when widths differ.
         """
+        super().sync(process_group)
         distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
-        own = 0 if self._moments is None else self._moments.width
-        # The largest width and the largest negated width tell all processes what to expect.
-        known = own or -1
-        bounds = torch.tensor([known, -known if own else -(2**31)], device=self.device)
-        distributed.all_reduce(bounds, op=distributed.ReduceOp.MAX, group=process_group)
-        widest, narrowest = int(bounds[0]), -int(bounds[1])
-        if widest < 1:
+        running = distributed.is_available() and distributed.is_initialized()
+        if running and self.width is None:
             raise InputError("no process has seen embeddings; update() first")
-        if narrowest != widest:
-            raise InputError(f"processes saw embeddings of widths {narrowest} and {widest}")
-        if self._moments is None:
-            self._moments = Moments(widest, self.device)
-        self._moments.all_reduce(process_group)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return plain tensors, fit for safetensors; empty when nothing was seen."""
-        return {} if self._moments is None else self._moments.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
-        if not state:
-            self._moments = None
-            return
-        moments = Moments(state["sum"].numel(), self.device)
-        moments.load_state_dict(state)
-        self._moments = moments
 
 
 def select_by_rankme(

@@ -21,11 +21,19 @@ class Spectrum:
     source
         A matrix ``(m, n)``, whose singular values are then computed in float64, or a vector of
         singular values in any order.
+    missed
+        Sum of the squares of the singular values that are not in the source, where it has the
+        leading ones alone (from a sketch).
 
     Attributes
     ----------
     values
         ``(k,)`` float64 array, descending, read-only.
+    missed
+        0 for a whole spectrum. Else the square of each true singular value is above that of its
+        estimate by at most this, and the nuclear norm of the whole above that of ``values`` by at
+        most the root of this times the smaller side. Ranks by squares (stable, energy) count it;
+        the effective rank and the participation ratio are those of ``values``.
 
     Raises
     ------
@@ -42,17 +50,20 @@ class Spectrum:
     2.0
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, *, missed: float = 0.0) -> None:
         tensor = as_tensor(source, "the source of a spectrum")
         if tensor.ndim not in (1, 2):
             raise InputError(
                 f"a spectrum is made from a matrix or a vector of singular values, not from "
                 f"shape {tuple(tensor.shape)}"
             )
+        if not 0 <= missed < float("inf"):
+            raise InputError(f"missed={missed}; a sum of squares is neither negative nor infinite")
         kind = "matrix" if tensor.ndim == 2 else "singular_values"
         values: Vector = singular_values(tensor, kind).cpu().numpy()  # type: ignore[arg-type]
         values.setflags(write=False)
         self.values = values
+        self.missed = missed
 
     def __len__(self) -> int:
         return len(self.values)
@@ -60,7 +71,7 @@ class Spectrum:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spectrum):
             return NotImplemented
-        return np.array_equal(self.values, other.values)
+        return np.array_equal(self.values, other.values) and self.missed == other.missed
 
     def __hash__(self) -> int:
         return hash(self.values.tobytes())
@@ -89,7 +100,7 @@ class Spectrum:
     @property
     def frobenius_norm(self) -> float:
         """Square root of the sum of squares."""
-        return float(np.sqrt(np.square(self.relative).sum()) * self.values[0])
+        return float(np.sqrt(self.stable_rank) * self.values[0])
 
     @property
     def effective_rank(self) -> float:
@@ -103,7 +114,7 @@ class Spectrum:
     @property
     def stable_rank(self) -> float:
         """See :func:`~fullrank.spectra.stable_rank`."""
-        return float(np.square(self.relative).sum())
+        return float(np.square(self.relative).sum()) + self._missed
 
     @property
     def participation_ratio(self) -> float:
@@ -123,15 +134,34 @@ class Spectrum:
 
     @property
     def energy(self) -> Vector:
-        """Share of the sum of squares that the leading 1, 2, ... values hold; ends at 1."""
+        """Share of the sum of squares that the leading 1, 2, ... values hold; ends at 1.
+
+        Lower, by what was missed, where the values are not all.
+        """
         energy = np.cumsum(np.square(self.relative))
-        return np.asarray(energy / (energy[-1] or 1.0), dtype=np.float64)
+        return np.asarray(energy / (energy[-1] + self._missed or 1.0), dtype=np.float64)
+
+    @property
+    def _missed(self) -> float:
+        """What was missed over the largest square."""
+        return self.missed / (float(self.values[0]) ** 2 or 1.0)
 
     def energy_rank(self, tau: float) -> int:
-        """See :func:`~fullrank.spectra.energy_rank`; 0 for a zero matrix."""
+        """See :func:`~fullrank.spectra.energy_rank`; 0 for a zero matrix.
+
+        Raises
+        ------
+        InputError
+            When tau is not in (0, 1], or the values at hand do not hold that share.
+        """
         if not 0 < tau <= 1:
             raise InputError(f"the share of energy is {tau}; it must lie in (0, 1]")
         energy = self.energy
+        if self.missed and energy[-1] < tau:
+            raise InputError(
+                f"the {len(self)} values found hold {energy[-1]:.1%} of the energy, not {tau:.1%}: "
+                "a larger sketch finds more"
+            )
         if energy[-1] == 0:
             return 0
         return min(int(np.searchsorted(energy, tau)) + 1, len(energy))

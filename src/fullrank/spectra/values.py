@@ -15,11 +15,12 @@ from fullrank.linalg.checks import largest_magnitude
 Input = Literal["matrix", "singular_values"]
 
 
-def as_tensor(x: Any, what: str) -> Tensor:
+def as_tensor(x: Any, what: str, *, finite: bool = True) -> Tensor:
     """Return a detached tensor of a real floating-point dtype, or say why there is none.
 
     Lists of numbers and numpy arrays of floats will do; integers are refused, since an integer
-    matrix is more often a mistake (token ids, labels) than a matrix.
+    matrix is more often a mistake (token ids, labels) than a matrix. ``finite=False`` leaves it to
+    the caller to look for NaN and infinity, where some rows do not count.
     """
     if isinstance(x, Tensor):
         tensor = x.detach()
@@ -34,7 +35,7 @@ def as_tensor(x: Any, what: str) -> Tensor:
         raise InputError(f"{what} of {tensor.dtype}: expected a real floating-point dtype")
     if tensor.numel() == 0:
         raise InputError(f"{what} of shape {tuple(tensor.shape)} is empty")
-    if not math.isfinite(largest_magnitude(tensor)):
+    if finite and not math.isfinite(largest_magnitude(tensor)):
         raise InputError(f"{what} holds NaN or infinite values")
     return tensor
 
@@ -71,7 +72,7 @@ def singular_values(
         return given.sort(-1, descending=True).values
     if input != "matrix":
         raise InputError(f"input={input!r}; it is 'matrix' or 'singular_values'")
-    tensor = as_tensor(x, "the matrix")
+    tensor = as_tensor(x, "the matrix", finite=mask is None)
     if tensor.ndim < 2:
         raise InputError(
             f"a matrix has two dimensions (samples, features), not shape {tuple(tensor.shape)}; "
@@ -86,15 +87,25 @@ def singular_values(
 
 def _masked(Z: Tensor, center: bool, mask: Any) -> Tensor:
     if mask is None:
-        return Z - Z.mean(-2, keepdim=True)
+        return _less(Z, Z.mean(-2, keepdim=True))
     keep = torch.as_tensor(mask).to(Z.device).bool()
     if keep.shape != Z.shape[:-1]:
         raise InputError(
             f"the mask has shape {tuple(keep.shape)}, the rows {tuple(Z.shape[:-1])}; they match"
         )
-    weights = keep.unsqueeze(-1).to(Z.dtype)
+    kept = keep.unsqueeze(-1)
     # Rows of zeros add nothing to the singular values: no need to cut the batch up.
+    Z = torch.where(kept, Z, 0.0)
+    if not torch.isfinite(Z).all():
+        raise InputError("the matrix holds NaN or infinite values in rows that count")
     if center:
-        count = weights.sum(-2, keepdim=True).clamp_min(1)
-        Z = Z - (Z * weights).sum(-2, keepdim=True) / count
-    return Z * weights
+        count = kept.sum(-2, keepdim=True).clamp_min(1)
+        Z = torch.where(kept, _less(Z, Z.sum(-2, keepdim=True) / count), 0.0)
+    return Z
+
+
+def _less(Z: Tensor, mean: Tensor) -> Tensor:
+    """Subtract the mean; what is left of a constant is rounding, and no direction of its own."""
+    centred = Z - mean
+    rounding = 8 * torch.finfo(Z.dtype).eps * mean.abs()
+    return torch.where(centred.abs() <= rounding, 0.0, centred)

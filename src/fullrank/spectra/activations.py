@@ -1,0 +1,302 @@
+"""Spectra of what flows through a model's modules, in constant memory."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fullrank.core.batches import call, device_of, moved
+from fullrank.core.capture import capture
+from fullrank.core.errors import InputError
+from fullrank.core.modes import evaluating
+from fullrank.core.names import canonical_name
+from fullrank.spectra.matrices import patterns
+from fullrank.spectra.meter import EXACT_TO, SKETCH, SpectrumMeter, few_samples
+from fullrank.spectra.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Side = Literal["input", "output"]
+
+
+class ActivationMeter:
+    """Spectra of the inputs or outputs of modules over the forward passes inside a ``with``.
+
+    Each position of each sample is a vector, along the last dimension (the channels, for
+    convolutions). Padding never counts: where the model is given an ``attention_mask``
+    ``(samples, positions)``, by name or in its first argument, vectors it masks are left out.
+    Modules that give no floating-point tensor are passed over.
+
+    Parameters
+    ----------
+    model
+        Any module; wrappers such as DDP, PEFT and ``torch.compile`` are seen through in names.
+    modules
+        Shell patterns over canonical names, e.g. ``"*.attention"`` or ``["*.0", "*.mlp"]``, or
+        name -> module.
+    side
+        ``"output"`` or ``"input"``.
+    center, exact_to, sketch, device
+        As for :class:`~fullrank.spectra.SpectrumMeter`, of which each module gets one.
+
+    Raises
+    ------
+    InputError
+        When a pattern matches no module.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> with ActivationMeter(model, "0") as meter:
+    ...     for batch in torch.randn(10, 8, 4):
+    ...         _ = model(batch)
+    >>> meter.spectra()["0"], meter["0"].count  # doctest: +ELLIPSIS
+    (Spectrum(3 values, ...), 80)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[str] | str | Mapping[str, nn.Module],
+        *,
+        side: Side = "output",
+        center: bool = False,
+        exact_to: int = EXACT_TO,
+        sketch: int = SKETCH,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if side not in ("input", "output"):
+            raise InputError(f"side={side!r}; it is 'input' or 'output'")
+        self._model = model
+        self._side = side
+        self._modules = matching_modules(model, modules)
+        self._meters = {
+            name: SpectrumMeter(center=center, exact_to=exact_to, sketch=sketch, device=device)
+            for name in self._modules
+        }
+        self._mask: Tensor | None = None
+        self._open: Any = None
+
+    def __getitem__(self, name: str) -> SpectrumMeter:
+        return self._meters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._meters)
+
+    def __enter__(self) -> ActivationMeter:
+        self._open = self._watching()
+        self._open.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        opened, self._open = self._open, None
+        opened.__exit__(*error)
+
+    def spectra(self) -> dict[str, Spectrum]:
+        """Canonical name -> spectrum, of the modules that ran.
+
+        Raises
+        ------
+        InputError
+            When none did.
+
+        Warns
+        -----
+        UserWarning
+            When there were fewer vectors than dimensions.
+        """
+        seen = {name: meter for name, meter in self._meters.items() if meter.count}
+        if not seen:
+            raise InputError(
+                "none of the chosen modules ran on the data: give at least one batch of inputs, "
+                f"and modules that it passes through, not only {', '.join([*self._meters][:3])}"
+            )
+        short = [name for name, m in seen.items() if m.count < (m.width or 0)]
+        if short:
+            meter = seen[short[0]]
+            warnings.warn(
+                f"{len(short)} of {len(seen)} modules, e.g. {short[0]}: "
+                + few_samples(meter.count, meter.width or 0),
+                stacklevel=2,
+            )
+        return {name: meter._spectrum() for name, meter in seen.items()}
+
+    def sync(self, process_group: Any = None) -> None:
+        """Sum over all processes of a ``torch.distributed`` group; every process must call it."""
+        for meter in self._meters.values():
+            meter.sync(process_group)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for meter in self._meters.values():
+            meter.reset()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return plain tensors, fit for safetensors."""
+        return {
+            f"{name}/{key}": tensor
+            for name, meter in self._meters.items()
+            for key, tensor in meter.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what :meth:`state_dict` gave.
+
+        Raises
+        ------
+        InputError
+            When it holds a module that this meter does not.
+        """
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._meters}
+        for key, tensor in state.items():
+            name, _, part = key.rpartition("/")
+            if name not in parts:
+                raise InputError(f"the state holds module {name!r}, which is not watched here")
+            parts[name][part] = tensor
+        for name, part_state in parts.items():
+            self._meters[name].load_state_dict(part_state)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        handle = self._model.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+        try:
+            with capture(self._modules, self._consume, self._side):
+                yield
+        finally:
+            handle.remove()
+            self._mask = None
+
+    def _note_mask(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given: Mapping[str, Any] = named
+        # A SentenceTransformer takes its features as one mapping.
+        if "attention_mask" not in named and args and isinstance(args[0], Mapping):
+            given = args[0]
+        mask = given.get("attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _consume(self, name: str, x: Tensor) -> None:
+        if not x.is_floating_point() or not x.ndim:
+            return
+        vectors = _vectors(self._modules[name], x)
+        try:
+            self._meters[name].update(vectors, self._fitted(name, vectors))
+        except InputError as error:
+            raise InputError(f"{self._side} of {name or 'the model'}: {error}") from error
+
+    def _fitted(self, name: str, x: Tensor) -> Tensor | None:
+        """Return the mask in the leading shape of vectors; None where all count."""
+        mask, lead = self._mask, x.shape[:-1]
+        if mask is None:
+            return None
+        samples, positions = mask.shape
+        if lead.numel() == mask.numel():
+            return mask.reshape(lead)
+        if len(lead) == 3 and lead[0] == samples and lead[-1] == positions:
+            return mask[:, None].expand(lead)  # heads between
+        if len(lead) < 2 or lead[0] != samples or bool(mask.all()):
+            return None  # pooled, or the same for every sample
+        raise InputError(
+            f"vectors of shape {tuple(x.shape)} do not line up with the attention mask of "
+            f"{tuple(mask.shape)}, so padding cannot be told: leave the module out, or give "
+            "batches without padding"
+        )
+
+
+@torch.no_grad()
+def activation_spectra(
+    model: nn.Module,
+    batches: Iterable[Any],
+    modules: Iterable[str] | str | Mapping[str, nn.Module],
+    *,
+    side: Side = "output",
+    center: bool = False,
+    exact_to: int = EXACT_TO,
+    sketch: int = SKETCH,
+    across_processes: bool = False,
+) -> dict[str, Spectrum]:
+    """Spectra of the outputs (or inputs) of modules over batches of data.
+
+    The model runs in evaluation mode, and is left as it was. See :class:`ActivationMeter`.
+
+    Parameters
+    ----------
+    model, modules, side, center, exact_to, sketch
+        As for :class:`ActivationMeter`. Layers give hidden states, embedding tables embeddings.
+    batches
+        Tensors, tuples of tensors, or mappings such as a tokenizer gives.
+    across_processes
+        Sum over the processes of ``torch.distributed``, each with batches of its own; all must
+        then call this.
+
+    Returns
+    -------
+    dict
+        Canonical name -> spectrum, of the modules that ran.
+
+    Raises
+    ------
+    InputError
+        When a pattern matches nothing, nothing ran, or values that count are not finite.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+    >>> found = activation_spectra(model, torch.randn(10, 8, 4), ["1", "2"])
+    >>> sorted(found), bool(1 <= found["1"].effective_rank <= 3)
+    (['1', '2'], True)
+    """
+    meter = ActivationMeter(
+        model, modules, side=side, center=center, exact_to=exact_to, sketch=sketch
+    )
+    device = device_of(model)
+    with evaluating(model), meter:
+        for batch in batches:
+            call(model, moved(batch, device))
+    if across_processes:
+        meter.sync()
+    return meter.spectra()
+
+
+def matching_modules(
+    model: nn.Module, modules: Iterable[str] | str | Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Canonical name -> module, of those that patterns match; the model itself is ``""``.
+
+    Raises
+    ------
+    InputError
+        When a pattern matches none.
+    """
+    if isinstance(modules, Mapping):
+        if not modules:
+            raise InputError("no modules were chosen: the mapping of them is empty")
+        return dict(modules)
+    named = {canonical_name(name): module for name, module in model.named_modules()}
+    wanted = patterns(modules) or []
+    for pattern in wanted:
+        if not fnmatch.filter(named, pattern):
+            some = ", ".join([name for name in named if name][:5])
+            raise InputError(f"no module matches {pattern!r}; there are {some}, ...")
+    found = {
+        name: module
+        for name, module in named.items()
+        if any(fnmatch.fnmatchcase(name, p) for p in wanted) and (name or "" in wanted)
+    }
+    if not found:
+        raise InputError("no modules were chosen: give a pattern, such as '*.mlp'")
+    return found
+
+
+def _vectors(module: nn.Module, x: Tensor) -> Tensor:
+    """Move the features to the end: they stand second in what convolutions take and give."""
+    convolution = isinstance(
+        module, (torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._BatchNorm)
+    )
+    return x.movedim(1, -1) if convolution and x.ndim > 2 else x
