@@ -1,21 +1,25 @@
 """How the rank of a response's hidden states grows, token by token: VERL's three measures.
 
 The rank of the whole (ER), its velocity (ERV) and its acceleration (ERA) along the tokens
-(arXiv 2509.23808). Prefixes of a response share one Gram matrix, so that a longer prefix costs
-no fresh decomposition of its rows.
+(arXiv 2509.23808). Prefixes of a response share one Gram matrix, and long ones its Cholesky
+factors (:mod:`fullrank.spectra.prefix_ranks`): none costs a fresh decomposition of its rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.spectra.prefix_ranks import prefix_ranks
 
 # In the official code: beside the sum of singular values, and in the logarithm.
 _EPS = 1e-8
+# Prefixes of up to so many rows are no work as eigenvalue problems of their own.
+_SMALL = 64
 
 
 class RankDynamics(NamedTuple):
@@ -60,7 +64,8 @@ def rank_dynamics(
     Returns
     -------
     RankDynamics
-        In float64, on the device of ``hidden``.
+        In float64, on the device of ``hidden``. Ranks of more than 64 tokens (and not more than
+        the width) are to about 1e-5 of theirs, others to rounding.
 
     Raises
     ------
@@ -77,10 +82,18 @@ def rank_dynamics(
     """
     hidden, lengths = _packed(hidden, mask, stride, max_tokens)
     limit = hidden.shape[1] if max_tokens is None else max_tokens
-    er = _ranks(hidden, lengths)
     kept = lengths.clamp(max=limit)
     window = _last(hidden, lengths, kept)
-    series, counts = _prefix_ranks(window, kept, stride)
+    counts = ((kept + stride - 1) // stride - 1).clamp_min(0)
+    sizes = [j * stride + 1 for j in range(1, int(counts.max()) + 1)]
+    er, series = _many_ranks(window, kept, sizes)
+    # A window that is not all of a response, few tokens, and more tokens than dimensions.
+    other = (kept < lengths) | (kept <= _SMALL) | (kept > hidden.shape[2])
+    if bool(other.any()):
+        er[other] = _ranks(hidden[other], lengths[other])
+    few = [j for j, size in enumerate(sizes) if size <= _SMALL or size > hidden.shape[2]]
+    for j, ranks in _one_by_one(window, counts, {j: sizes[j] for j in few}):
+        series[:, j] = ranks
     return RankDynamics(er, *_differences(series, counts))
 
 
@@ -103,12 +116,17 @@ def _packed(
             f"a mask of shape {tuple(mask.shape)} for {rows} responses of {length} tokens"
         )
     mask = mask.bool()
-    order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    packed = hidden.double().gather(1, order[..., None].expand_as(hidden))
     lengths = mask.sum(1)
     real = torch.arange(length, device=hidden.device) < lengths[:, None]
-    packed = torch.where(real[..., None], packed, 0.0)
-    if not torch.isfinite(packed).all():
+    packed = hidden
+    if not torch.equal(mask, real):
+        order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+        packed = hidden.gather(1, order[..., None].expand_as(hidden))
+    packed = packed.double().contiguous()
+    if not real.all():
+        packed = torch.where(real[..., None], packed, 0.0)
+    # One value that is not finite makes the sum so.
+    if not torch.isfinite(packed.sum()):
         raise InputError("hidden states hold NaN or infinite values on a response's tokens")
     return packed[:, : max(int(lengths.max()), 1)], lengths
 
@@ -116,6 +134,8 @@ def _packed(
 def _last(hidden: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
     """Move the last ``kept`` of each response's ``lengths`` rows to the front."""
     most = max(int(kept.max()), 1)
+    if torch.equal(kept, lengths):
+        return hidden[:, :most]
     start = (lengths - kept)[:, None]
     at = (start + torch.arange(most, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
@@ -134,32 +154,46 @@ def _ranks(hidden: Tensor, lengths: Tensor) -> Tensor:
     return ranks
 
 
-def _prefix_ranks(window: Tensor, kept: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """``(B, K)`` effective ranks of prefixes, and how many each response has.
+def _many_ranks(window: Tensor, kept: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Effective ranks of whole windows ``(B,)`` and of prefixes ``(B, K)`` of middle sizes.
 
-    Prefixes end at rows s, 2s, ... below the number of rows; a rest is dropped.
+    All of them from a few factorisations; 0 for the sizes that :func:`_one_by_one` is for.
     """
-    counts = ((kept + stride - 1) // stride - 1).clamp_min(0)
-    ends = [j * stride for j in range(1, int(counts.max()) + 1)]
-    series = window.new_zeros(len(window), len(ends))
     width = window.shape[2]
-    gram = window @ window.mT
-    scatter = window.new_zeros(len(window), width, width)
-    total = window.new_zeros(len(window), width)
+    series = window.new_zeros(len(window), len(sizes))
+    middle = [j for j, size in enumerate(sizes) if _SMALL < size <= width]
+    if not middle and not bool(((kept > _SMALL) & (kept <= width)).any()):
+        return window.new_zeros(len(window)), series
+    wanted = torch.tensor([sizes[j] for j in middle], dtype=torch.int64, device=kept.device)
+    # The last column is that of the whole window.
+    wanted = torch.cat([wanted.expand(len(kept), -1), kept.clamp(2, width)[:, None]], dim=1)
+    found = prefix_ranks(window[:, : int(wanted.max())], wanted, _EPS)
+    series[:, middle] = found[:, :-1]
+    return found[:, -1].clone(), series
+
+
+def _one_by_one(
+    window: Tensor, counts: Tensor, sizes: Mapping[int, int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield ``(j, ranks (B,))`` of the j-th prefixes, by an eigenvalue problem for each size."""
+    width = window.shape[2]
+    short = max((size for size in sizes.values() if size <= width), default=0)
+    gram = window[:, :short] @ window[:, :short].mT
+    scatter = total = torch.zeros((), dtype=window.dtype, device=window.device)
     done = 0
-    for j, end in enumerate(ends):
-        size = end + 1
+    for j, size in sizes.items():
         there = counts > j
+        ranks = window.new_zeros(len(window))
         if size <= width:
-            series[there, j] = _effective_rank(_centred(gram[there, :size, :size]))
-            continue
-        # Wider than it is long no more: the other product is smaller, and has full rank.
-        new = window[:, done:size]
-        scatter, total, done = scatter + new.mT @ new, total + new.sum(1), size
-        mean = total / size
-        moved = scatter - size * mean[:, :, None] * mean[:, None, :]
-        series[there, j] = _effective_rank(moved[there])
-    return series, counts
+            ranks[there] = _effective_rank(_centred(gram[there, :size, :size]))
+        else:
+            # Wider than it is long no more: the other product is smaller, and has full rank.
+            new = window[:, done:size]
+            scatter, total, done = scatter + new.mT @ new, total + new.sum(1), size
+            mean = total / size
+            moved = scatter - size * mean[:, :, None] * mean[:, None, :]
+            ranks[there] = _effective_rank(moved[there])
+        yield j, ranks
 
 
 def _centred(gram: Tensor) -> Tensor:
