@@ -60,7 +60,7 @@ def prefix_ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     """
     count, length = rows.shape[:2]
     each = max(1, _CACHED // length**2) if rows.device.type == "cpu" else count
-    parts = zip(rows.split(each), sizes.split(each), strict=True)
+    parts = zip(torch.split(rows, each), torch.split(sizes, each), strict=True)
     return torch.cat([_ranks(*part, eps) for part in parts])
 
 
@@ -97,7 +97,8 @@ def _largest(gram: Tensor) -> Tensor:
     for _ in range(4):
         vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(1e-300)
         vector = gram @ vector
-    return vector.norm(dim=1)[:, 0]
+    found: Tensor = vector.norm(dim=1)[:, 0]
+    return found
 
 
 def _traces(rows: Tensor, gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
