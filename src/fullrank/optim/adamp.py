@@ -122,12 +122,12 @@ class AdamP(RadialOptimizer):
         decay = lr * group["weight_decay"]
         batch.weights = [param if found is None else scratch.like(param, 1).zero_()]
         beta = 1.0 - decay if found is None else 1.0
-        if skip is None and self._inner.dense(batch, alpha=1.0, beta=beta):
+        if not known:
+            batch.age = age.reshape(1)
+        if self._inner.dense(batch, alpha=1.0, beta=beta):
             if found is not None:
                 self.move(entry, batch.weights[0], 1.0, decay, found, skip, scratch.of(param))
             return
-        if not known:
-            batch.age = age.reshape(1)
         batch.small = [entry.grad.to(state["exp_avg"].dtype).contiguous()]
         batch.direction = [torch.empty_like(batch.small[0])]
         self._inner.direction(batch)

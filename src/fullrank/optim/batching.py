@@ -72,4 +72,4 @@ def device_ages(states: Sequence[State]) -> Tensor:
     steps = [state["step"].item() for state in states]
     if len(set(steps)) == 1:
         return unseen.neg().add_(steps[0])
-    return torch.tensor(steps, device=unseen.device) - unseen
+    return torch.tensor(steps).to(unseen.device, non_blocking=True) - unseen

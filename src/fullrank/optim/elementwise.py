@@ -76,7 +76,7 @@ def adamw_step(
         states=[array.state for array in arrays],
         skip=skip,
     )
-    if skip is None and inner.dense(batch, alpha=1.0 if decay_first else keep, beta=keep):
+    if inner.dense(batch, alpha=1.0 if decay_first else keep, beta=keep):
         return
     size = fill_directions(batch, inner)
     sizes: Sequence[Any] = size.unbind() if isinstance(size, Tensor) else [size] * len(arrays)

@@ -337,8 +337,9 @@ class FullrankOptimizer(Optimizer):
             return
         for entry, usable in zip(entries, verdict.usable, strict=True):
             entry.usable = usable
-            if verdict.skip:
-                entry.state["unseen"].add_(verdict.skip[entry.param.device])
+        for device, skip in verdict.skip.items():
+            unseen = [e.state["unseen"] for e in entries if e.param.device == device]
+            torch._foreach_add_(unseen, skip.to(unseen[0].dtype))
         self.advance(entries, verdict)
 
 

@@ -301,13 +301,14 @@ class MKOR(Optimizer):
         return f"parameter {name!r} of shape {tuple(param.shape)}"
 
     def _refresh(self, skip: dict[torch.device, Tensor]) -> None:
+        everything: list[tuple[Layer, Tensor, Tensor, Tensor | None]] = []
         if world(self.process_group) > 1:
-            everything = mean_over_ranks(self.layers, self.process_group)
+            everything += mean_over_ranks(self.layers, self.process_group)
         else:
             used = [layer for layer in self.layers if layer.statistics.seen]
-            everything = [(layer, *layer.means(), torch.tensor(True)) for layer in used]
+            everything += [(layer, *layer.means(), None) for layer in used]
         for layer, a, g, known in everything:
-            use = known.to(a.device)
+            use = torch.ones((), dtype=torch.bool, device=a.device) if known is None else known
             if a.device in skip:
                 use = use & ~skip[a.device]
             layer.update(a, g, use)

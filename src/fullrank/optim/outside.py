@@ -41,6 +41,9 @@ class Move:
         The decay: factors on the weight before, and after, the step.
     scratch
         Gives an array like another to work in; the next call may give the same one.
+    skip
+        None, or a bool scalar that only the device knows: where it is True, ``grad``, ``small``
+        and ``direction`` are zeros, the decay is 1, and the rule leaves what it keeps as it is.
     """
 
     weight: Tensor
@@ -55,6 +58,11 @@ class Move:
     before: float
     after: float
     scratch: Callable[[Tensor], Tensor]
+    skip: Tensor | None = None
+
+    def put(self, kept: Tensor, value: Tensor) -> None:
+        """Write what a rule keeps, unless the step is skipped."""
+        kept.copy_(value if self.skip is None else torch.where(self.skip, kept, value))
 
 
 class OutsideRule(Protocol):
@@ -208,7 +216,7 @@ class ScaledResidual:
         growth = (norm / (last + 1e-8)).clamp_min(self.limiter) / self.limiter
         started = last >= 0.0 if self.zero_start else last > 0.0
         limit = torch.where(started, growth, torch.ones_like(growth))
-        last.copy_(norm / limit)
+        move.put(last, norm / limit)
         return limit
 
 

@@ -128,9 +128,11 @@ class RowNorm:
         length = _row_norm(move.weight, g.dtype)
         stepped = (g - magnitude_step) * decay
         sign = torch.where(g < 0.0, -1.0, 1.0)
-        norm.copy_(torch.where(alive, length / ratio.abs(), length))
-        g.copy_(torch.where(alive, stepped, length))
+        move.put(norm, torch.where(alive, length / ratio.abs(), length))
+        move.put(g, torch.where(alive, stepped, length))
         factor = torch.where(alive & (length > 0.0), g * sign / length, 1.0)
+        if move.skip is not None:
+            factor = torch.where(move.skip, 1.0, factor)  # rounding alone would move the weight
         move.weight.mul_(factor.to(move.weight.dtype))
 
 

@@ -112,11 +112,21 @@ class Writer:
         sizes = _one_each(size, len(members))
         rates = batch.lr if batch.lr is not None else [batch.group["lr"]] * len(members)
         special = slot.outside is not None or slot.reparam is not None
+        # What keeps a direction of a weight's size is put back from a copy.
+        undone = batch.skip if slot.reparam is not None and slot.reparam.whole else None
+        if special:
+            batch.small = batch.clean()
         for i, member in enumerate(members):
-            with self._opened(member, batch.skip if special else None, special) as weight:
+            with self._opened(member, undone, special) as weight:
                 if not special:
                     self._inside(member, weight, batch, i, sizes[i], rates[i])
                     continue
+                # The decay of magnitudes is the reparametrisation's own.
+                apart = None
+                if batch.skip is not None and slot.reparam is None:
+                    apart = _decay_apart(batch.group, rates[i], batch)
+                if apart is not None and self.decay_first:
+                    weight.mul_(apart)
                 move = self._move(member, weight, batch, i, sizes[i])
                 if steps is None:
                     assert slot.outside is not None
@@ -125,6 +135,8 @@ class Writer:
                     assert member.slot.reparam is not None
                     decay = _decay(batch.group, _magnitude_lr(batch.group))
                     member.slot.reparam.write(move, steps[i], decay)
+                if apart is not None and not self.decay_first:
+                    weight.mul_(apart)
 
     # -- one matrix ------------------------------------------------------------------------
 
@@ -158,10 +170,14 @@ class Writer:
     def _move(
         self, member: Member, weight: Tensor, batch: Batch, i: int, size: float | Tensor
     ) -> Move:
-        decay = _decay(batch.group, batch.group["lr"])
+        grad, skip = member.grad, batch.skip
+        decay = 1.0 if skip is not None else _decay(batch.group, batch.group["lr"])
+        if skip is not None and member.slot.outside is not None:
+            clean = self._buffer("clean", grad.device, grad.dtype, grad.numel()).view(grad.shape)
+            grad = torch.where(skip, grad.new_zeros(()), grad, out=clean)
         return Move(
             weight=weight,
-            grad=member.grad,
+            grad=grad,
             subspace=member.slot.subspace,
             small=batch.small[i],
             direction=batch.direction[i],
@@ -172,6 +188,7 @@ class Writer:
             before=decay if self.decay_first else 1.0,
             after=1.0 if self.decay_first else decay,
             scratch=self.scratch,
+            skip=skip,
         )
 
     def _inside(

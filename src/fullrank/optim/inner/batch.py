@@ -51,7 +51,12 @@ class Batch:
         if not isinstance(self.age, Tensor):
             return [self.age] * len(self.small)
         # A matrix that never had a good step has age 0.
-        return self.age.to(self.direction[0].dtype).clamp_min(1.0).unbind()
+        return self.age.to(self.states_dtype).clamp_min(1.0).unbind()
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic."""
+        return (self.direction or self.weights)[0].dtype
 
     def clean(self) -> list[Tensor]:
         """Return ``small``; zeros where the step is skipped, so that no NaN gets into moments."""
@@ -69,8 +74,8 @@ class Batch:
         """How much of the new value an average takes: nothing where the step is skipped."""
         if self.skip is None:
             return weight
-        weight = torch.as_tensor(weight, dtype=like.dtype, device=like.device)
-        return torch.where(self.skip, 0.0, weight)
+        # A number would have to be brought to the device, and waited for: a product takes it along.
+        return (~self.skip).to(like.dtype) * weight
 
 
 class InnerUpdate(Protocol):
@@ -90,7 +95,8 @@ class InnerUpdate(Protocol):
     def dense(self, batch: Batch, alpha: float, beta: float) -> bool:
         """Do ``W <- beta W - alpha s N`` in one pass over everything, if this rule can.
 
-        ``batch.small`` are then the gradients themselves. False means that nothing was done.
+        ``batch.small`` are then the gradients themselves; a skip is heeded. False means that
+        nothing was done.
         """
         ...
 
