@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fullrank.optim import quantize
 from fullrank.optim.quantize import BLOCK, Blockwise, dynamic_map
 
 
@@ -52,3 +53,15 @@ def test_a_bad_value_shows(bad):
     decoded = Blockwise(True).decode(*encoded(x, True))
     assert not torch.isfinite(decoded[:256]).any()
     assert torch.equal(decoded[256:], x[256:])
+
+
+def test_pieces_are_the_whole(monkeypatch):
+    values = torch.randn(2000)
+    found = []
+    for at_once in (1 << 22, 2 * BLOCK):
+        monkeypatch.setattr(quantize, "_AT_ONCE", at_once)
+        codes, absmax = torch.empty(2000, dtype=torch.uint8), torch.empty(8)
+        Blockwise(signed=True).encode(values, codes, absmax)
+        found.append((codes, absmax, Blockwise(signed=True).decode(codes, absmax)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

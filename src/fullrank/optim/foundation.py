@@ -339,7 +339,7 @@ class FullrankOptimizer(Optimizer):
             entry.usable = usable
         for device, skip in verdict.skip.items():
             unseen = [e.state["unseen"] for e in entries if e.param.device == device]
-            torch._foreach_add_(unseen, skip.to(unseen[0].dtype))
+            torch._foreach_add_(unseen, [skip.to(unseen[0].dtype)] * len(unseen))
         self.advance(entries, verdict)
 
 

@@ -15,7 +15,7 @@ from fullrank.core.errors import InputError
 from fullrank.optim.foundation import FullrankOptimizer
 from fullrank.optim.gradients import NonFinite, check_dense, judge
 from fullrank.optim.mkor_factors import Rule, sm_update
-from fullrank.optim.mkor_layers import Exclude, Hooks, find_layers
+from fullrank.optim.mkor_layers import Exclude, Hooks, Layer, find_layers
 from fullrank.optim.mkor_reduce import mean_over_ranks, world
 from fullrank.optim.mkor_settings import (
     Inner,

@@ -10,6 +10,9 @@ from torch import Tensor
 BLOCK = 256
 """Consecutive elements that share one maximum."""
 
+# Elements that are worked on at a time: what is alive beside the arrays stays small.
+_AT_ONCE = 1 << 22
+
 
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 values that a code can mean, ascending in [-1, 1] or [0, 1], float32.
@@ -82,19 +85,32 @@ class Blockwise:
     def encode(self, values: Tensor, codes: Tensor, absmax: Tensor) -> None:
         """Write the nearest codes of ``values``, and each block's largest magnitude, in place."""
         low, above = _bins(self.signed, values.device)
-        flat = values.reshape(-1)
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-        torch.amax(blocks.abs(), dim=1, out=absmax)
-        scaled = blocks / absmax.unsqueeze(1).clamp_min(torch.finfo(absmax.dtype).tiny)
-        scaled = scaled.view(-1)[: flat.numel()]
-        bins = (scaled.view(torch.int32) >> _SHIFT).bitwise_and_(_BINS - 1)
-        nearest = low.index_select(0, bins)
-        nearest.add_(scaled > above.index_select(0, bins))
-        codes.copy_(nearest.view(codes.shape))
+        pieces = zip(
+            torch.split(values.reshape(-1), _AT_ONCE),
+            torch.split(codes.view(-1), _AT_ONCE),
+            torch.split(absmax, _AT_ONCE // BLOCK),
+            strict=True,
+        )
+        for flat, out, largest in pieces:
+            blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+            torch.amax(blocks.abs(), dim=1, out=largest)
+            scaled = blocks / largest.unsqueeze(1).clamp_min(torch.finfo(absmax.dtype).tiny)
+            scaled = scaled.view(-1)[: flat.numel()]
+            bins = (scaled.view(torch.int32) >> _SHIFT).bitwise_and_(_BINS - 1)
+            torch.add(low.index_select(0, bins), scaled > above.index_select(0, bins), out=out)
 
     def decode(self, codes: Tensor, absmax: Tensor) -> Tensor:
         """Return the float32 values of ``codes``."""
         table = _values(self.signed, codes.device)
-        flat = table.index_select(0, codes.reshape(-1).int())
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-        return (blocks * absmax.unsqueeze(1)).view(-1)[: flat.numel()].view(codes.shape)
+        values = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+        pieces = zip(
+            torch.split(codes.reshape(-1), _AT_ONCE),
+            torch.split(values.view(-1), _AT_ONCE),
+            torch.split(absmax, _AT_ONCE // BLOCK),
+            strict=True,
+        )
+        for coded, out, largest in pieces:
+            flat = table.index_select(0, coded.int())
+            blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+            out.copy_((blocks * largest.unsqueeze(1)).view(-1)[: flat.numel()])
+        return values

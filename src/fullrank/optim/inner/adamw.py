@@ -69,8 +69,9 @@ class AdamW:
         if self.eps_mode == "uncorrected" and isinstance(batch.age, Tensor):
             steps = [torch.full_like(steps[0], _ENDLESS)] * len(steps)
         elif self.eps_mode == "uncorrected":
-            root = self._root(group, batch.age)
-            lr, eps = -self._first(group, batch.age) / root, eps / root
+            age = float(batch.age)
+            root = self._root(group, age)
+            lr, eps = -self._first(group, age) / root, eps / root
         self._kernel(batch, batch.direction, means, squares, steps, lr=lr, eps=eps, decay=0.0)
         return self._size(group, batch)
 
