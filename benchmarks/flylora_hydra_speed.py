@@ -5,7 +5,7 @@
 Three linear layers 384-384-1536-384 with GELU between them, 1024 rows that ask for a gradient, one
 thread. A step is a forward and a backward pass; ways take turns, the median of their CPU times is
 shown. FlyLoRA (r 32, k 8) counts its experts as in training; it trains r * out numbers a layer,
-which is LoRA's r 16 in this stack. FlyLoRA and Hydra are their arithmetic on a plain module.
+which is LoRA's r 16 in this stack.
 """
 
 from __future__ import annotations
@@ -14,43 +14,13 @@ import argparse
 import statistics
 import time
 
-import peft
 import torch
 from torch import nn
 
-from fullrank.adapters.flylora_routing import count, flylora_output, sparse_projection
-from fullrank.adapters.hydra_branches import Branch, hydra_output
+from fullrank.adapters import adapt
 from fullrank.core import Table
 
 LAYERS = ("0", "2", "4")
-
-
-class FlyLora(nn.Module):
-    def __init__(self, base: nn.Linear, r: int = 32, k: int = 8) -> None:
-        super().__init__()
-        self.base, self.groups = base, [(r, k)]
-        self.A = sparse_projection(r, base.in_features, k / r)
-        self.B = nn.Parameter(torch.zeros(base.out_features, r))
-        self.d, self.counts = torch.zeros(r), torch.zeros(r)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.base(x)
-        y, taken = flylora_output(h, x, self.A, self.B, self.d, self.groups, 2.0)
-        self.counts += count(taken)
-        return y
-
-
-class Hydra(nn.Module):
-    def __init__(self, base: nn.Linear, r: int = 4) -> None:
-        super().__init__()
-        self.base = base
-        widths = base.in_features, base.out_features
-        self.A = nn.ParameterList(torch.randn(r, width) / width**0.5 for width in widths)
-        self.B = nn.ParameterList(torch.zeros(base.out_features, r) for _ in widths)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parallel, sequential = (Branch(A, B) for A, B in zip(self.A, self.B, strict=True))
-        return hydra_output(self.base(x), x, parallel, sequential)
 
 
 def stack() -> nn.Sequential:
@@ -59,15 +29,9 @@ def stack() -> nn.Sequential:
     return nn.Sequential(*layers).requires_grad_(False)
 
 
-def wrapped(adapter: type[nn.Module]) -> nn.Module:
-    model = stack()
-    for name in LAYERS:
-        model[int(name)] = adapter(model[int(name)])
-    return model
-
-
-def lora(r: int) -> nn.Module:
-    return peft.get_peft_model(stack(), peft.LoraConfig(r=r, target_modules=list(LAYERS)))
+def adapted(method: str, rank: int, **options) -> nn.Module:
+    model = adapt(stack(), method, rank=rank, targets=list(LAYERS), progress=False, **options)
+    return model.train()
 
 
 def main() -> None:
@@ -77,8 +41,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = {"LoRA r 16": lora(16), "FlyLoRA r 32, k 8": wrapped(FlyLora)}
-    pairs |= {"LoRA r 8": lora(8), "Hydra 4 + 4": wrapped(Hydra)}
+    pairs = {"LoRA r 16": adapted("lora", 16), "FlyLoRA r 32, k 8": adapted("flylora", 32, k=8)}
+    pairs |= {"LoRA r 8": adapted("lora", 8), "Hydra 4 + 4": adapted("hydra", 8)}
     x = torch.randn(1024, 384, requires_grad=True)
     times: dict[str, list[float]] = {way: [] for way in pairs}
     for repeat in range(args.repeats + 3):
