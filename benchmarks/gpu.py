@@ -25,7 +25,8 @@ import torch
 from optimizers_step import contestants, official
 
 from fullrank.core import Table
-from fullrank.linalg import gram_spectrum, truncated_svd
+from fullrank.linalg import gram_spectrum
+from fullrank.linalg.gram_svd import gram_svd
 from fullrank.optim import GaLoreAdamW, param_groups, state_bytes, step_per_layer
 
 WIDTH, INNER, BLOCKS, RANK, GAP = 1024, 2736, 24, 256, 200
@@ -223,9 +224,9 @@ def spectra(args: argparse.Namespace) -> None:
 
 
 def factors(args: argparse.Namespace) -> None:
-    title = "Leading 256 factors: truncated_svd against torch.linalg.svd"
+    title = "Leading 256 factors: gram_svd, which shrinking uses, against torch.linalg.svd"
     full = partial(torch.linalg.svd, full_matrices=False)
-    compare(title, lambda A: truncated_svd(A, RANK), full, BIG)
+    compare(title, lambda A: gram_svd(A, RANK), full, BIG)
 
 
 PARTS = {"steps": steps, "memory": memory, "spectra": spectra, "factorize": factors}
