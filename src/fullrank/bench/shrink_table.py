@@ -124,19 +124,23 @@ class Comparison:
     originals: Mapping[str, Result]
     rows: Mapping[str, Sequence[Row]]
 
-    def table(self, subject: str) -> Table:
-        """Return the table of one subject."""
+    def table(self, subject: str, columns: Sequence[str] | None = None) -> Table:
+        """Return the table of one subject, or some of its columns."""
         original = self.originals[subject]
         metric = original["metric"]
         value = statistics.fmean(original["values"])
         better = "lower" if original["lower_is_better"] else "higher"
+        names = list(columns or _COLUMNS)
+        cells = (
+            dict(zip(_COLUMNS, _cells(row, original), strict=True)) for row in self.rows[subject]
+        )
         return Table(
-            list(_COLUMNS),
-            [_cells(row, original) for row in self.rows[subject]],
+            names,
+            [[each[name] for name in names] for each in cells],
             title=f"{subject}, size {self.size.name}: {metric} {value:.4f} of the original "
             f"({better} is better), {original['parameters']:,} parameters, "
             f"{human_bytes(original['bytes'])}",
-            formats={name: spec for name, spec in _COLUMNS.items() if spec is not None},
+            formats={name: _COLUMNS[name] for name in names if _COLUMNS[name] is not None},
         )
 
     def markdown(self) -> str:
@@ -179,6 +183,9 @@ _COLUMNS: dict[str, Any] = {
     "s to train": ".1f",
 }
 
+QUALITY = ("method", "asked", "one shot", "tuned", f"against {BASELINE}")
+"""What of it fits a terminal."""
+
 _NOTES = f"""\
 asked, kept: share of the parameters of the layers that may be shrunk. one shot, tuned: before and
 after the same steps of training for all (trp and maestro shrink by training, and have no one shot).
@@ -200,7 +207,7 @@ def _cells(row: Row, original: Result) -> list[Any]:
         str(shot.change) if shot else row.note,
         tuned and tuned.value,
         str(tuned.change) if tuned else (row.note if shot else ""),
-        str(last.against) if last and last.against else None,
+        str(last.against) if last and last.against else (None if last else row.note),
         shot and shot.cosine,
         tuned and tuned.cosine,
         row.parameters,

@@ -207,6 +207,7 @@ def shrink(
 
     from fullrank.bench.shrink import bench_shrink
     from fullrank.bench.shrink_sizes import shrink_size
+    from fullrank.bench.shrink_table import QUALITY
 
     size = shrink_size("quick" if quick else "full", tuple(share) if share else None)
     folder = out or Path(f"bench-shrink-{size.name}")
@@ -215,5 +216,5 @@ def shrink(
     )
     console = Console()
     for name in found.rows:
-        console.print(found.table(name))
-    console.print(f"{folder}: shrink.md, shrink.json, pictures, and all runs")
+        console.print(found.table(name, QUALITY))
+    console.print(f"{folder}: shrink.md with all columns, shrink.json, pictures, and all runs")
