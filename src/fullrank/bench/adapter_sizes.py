@@ -60,7 +60,7 @@ class AdapterSize:
     base: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The default sizes are for two cores of a CPU: two minutes, and half an hour for each other.
+# The default sizes are for two cores of a CPU: two minutes, an hour, half an hour.
 _SIZES = {
     size.task: size
     for size in (

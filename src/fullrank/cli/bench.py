@@ -94,8 +94,8 @@ def adapters(
         list[str] | None,
         typer.Option(
             help="digits (an MLP to turned digits: 2 minutes on two cores), retrieval (the "
-            "embedded encoder to pydocs, and what it forgets on Vaswani and Cranfield: 30 "
-            "minutes) or language (a language model of Python source to GSM8K: 30 minutes); may "
+            "embedded encoder to pydocs, and what it forgets on Vaswani and Cranfield: an "
+            "hour) or language (a language model of Python source to GSM8K: 30 minutes); may "
             "be repeated. All by default; Vaswani, Cranfield and GSM8K are read from the folder "
             "that FULLRANK_DATA names."
         ),
