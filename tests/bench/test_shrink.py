@@ -19,9 +19,10 @@ from fullrank.bench.shrink_sizes import ShrinkSize, shrink_size
 from fullrank.bench.shrink_subject import Subject
 from fullrank.bench.shrink_subjects import SUBJECTS
 from fullrank.bench.shrink_table import Comparison, rows_of
-from fullrank.bench.shrink_workbench import Workbench, kept_at_most
+from fullrank.bench.shrink_workbench import Workbench
 from fullrank.cli.bench import app
 from fullrank.compress import LowRankLinear, make_plan
+from fullrank.compress.family_training import kept_at_most
 from fullrank.core import Corpus, InputError, models
 from fullrank.core.rank_rules import FractionOfBreakEven
 from fullrank.datasets import Dataset

@@ -75,6 +75,16 @@ def test_methods_that_calibrate(encoder, texts, tmp_path, method):
     assert 0 < RankPlan.load(out / "plan.json").savings().kept <= 0.6
 
 
+@pytest.mark.parametrize("method", ["trp", "maestro"])
+@pytest.mark.parametrize("recover", ["--recover", "--no-recover"])
+def test_methods_that_train_first(encoder, texts, tmp_path, method, recover):
+    given = ["--keep", 0.6, "--calibrate", texts, "--method", method, "--steps", 4, recover]
+    result = run(encoder, "--out", tmp_path / "out", *given, "--any-speed")
+    assert result.exit_code == 0, result.output
+    assert 0 < RankPlan.load(tmp_path / "out" / "plan.json").savings().kept <= 0.6
+    assert not (tmp_path / "out" / ".work").exists()
+
+
 @pytest.mark.parametrize(("method", "keep"), [("greenformers", 0.6), ("welore", 0.9)])
 def test_methods_without_data(encoder, tmp_path, method, keep):
     given = ["--keep", keep, "--method", method, "--any-speed"]
@@ -100,10 +110,10 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
         (["--floor", "m>=9", "--metric", "math:pi", "--calibrate", "{texts}"], "a float"),
         (["--keep", 0.5, "--metric", "math:pi"], "give a floor"),
         (["--keep", 0.5, "--method", "svd,lord", "--calibrate", "{texts}"], "by --floor only"),
-        (["--keep", 0.5, "--method", "trp"], "call fullrank.compress.TRP"),
+        (["--keep", 0.5, "--method", "trp"], "trp needs texts"),
         (["--keep", 0.5, "--method", "pela"], "pela trains"),
         (["--keep", 1.5], "--keep 1.5"),
-        (["--keep", 0.5, "--method", "maestro"], "call fullrank.compress.Maestro"),
+        (["--keep", 0.5, "--method", "maestro"], "maestro needs texts"),
         (["--keep", 0.5, "--method", "qr"], "it is one of gauss_newton"),
         (["--keep", 0.01, "--method", "welore"], "welore keeps at least"),
         (["--keep", 0.5], "needs texts to calibrate on"),

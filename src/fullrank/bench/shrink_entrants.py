@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fullrank.bench.shrink_workbench import Workbench, kept_at_most
+from fullrank.bench.shrink_workbench import Workbench
 from fullrank.compress.factorization import factorize
 from fullrank.compress.family import Allocation
+from fullrank.compress.family_training import energy_plans, kept_at_most
 from fullrank.compress.family_weights import WeightFamily, WeightMethod
 from fullrank.compress.maestro import Maestro
 from fullrank.compress.pela import pela_plan
 from fullrank.compress.pela_loss import PELALoss
-from fullrank.compress.planning import layer_spectra, make_plan
+from fullrank.compress.planning import make_plan
 from fullrank.compress.solvers import Method
 from fullrank.compress.targets import factorisable
 from fullrank.compress.trp import TRP
 from fullrank.compress.welore import mark_trainable
 from fullrank.core.errors import InputError
-from fullrank.core.plan import RankPlan
-from fullrank.core.rank_rules import Energy, ParamRatio
+from fullrank.core.rank_rules import ParamRatio
 
 BASELINE = "pca-uniform"
 """What the others are compared with: feature PCA, the same share for every layer."""
@@ -117,7 +117,7 @@ def _tuned_pruned(bench: Workbench, small: nn.Module | None, share: float) -> nn
 def _trp(bench: Workbench, small: nn.Module | None, share: float) -> nn.Module:
     """Train the dense model at the energy that has this size, then split it to the size."""
     model, layers = bench.copy(), bench.layers
-    energy, _ = kept_at_most(share, _energy_plan(model, layers))
+    energy, _ = kept_at_most(share, energy_plans(model, layers))
     trp = TRP(model, energy=energy, include=layers, skip_first=False)
 
     def loss(model: nn.Module, batch: object) -> Tensor:
@@ -130,18 +130,8 @@ def _trp(bench: Workbench, small: nn.Module | None, share: float) -> nn.Module:
         prepare=lambda o: o.register_step_pre_hook(lambda *_: trp.after_backward()),
     )
     trp.refresh()
-    plan = kept_at_most(share, _energy_plan(model, layers))[1]
+    plan = kept_at_most(share, energy_plans(model, layers))[1]
     return factorize(model, plan, balance="sqrt", progress=False)
-
-
-def _energy_plan(model: nn.Module, layers: Sequence[str]) -> Callable[[float], RankPlan]:
-    spectra = layer_spectra(model, include=layers)
-
-    def plan(energy: float) -> RankPlan:
-        rule = Energy(max(energy, 1e-6))
-        return make_plan(model, rule, layers, method="svd", spectra=spectra)
-
-    return plan
 
 
 def _maestro(bench: Workbench, small: nn.Module | None, share: float) -> nn.Module:

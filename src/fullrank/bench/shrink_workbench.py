@@ -16,12 +16,9 @@ from fullrank.compress.factorization import factorize
 from fullrank.compress.family import Allocation, PlanFamily
 from fullrank.compress.solvers import Method
 from fullrank.compress.targets import factorisable
-from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
 
 T = TypeVar("T")
-# Halvings of the range of a threshold: beyond this two plans are one.
-_HALVINGS = 40
 
 
 class Workbench:
@@ -112,25 +109,3 @@ class Workbench:
     ) -> nn.Module:
         """Fine-tune for the steps that all have; see :func:`train`."""
         return train(self.subject, model, self.steps, seed=0, loss=loss, prepare=prepare)
-
-
-def kept_at_most(share: float, plan: Callable[[float], RankPlan]) -> tuple[float, RankPlan]:
-    """Find the largest number in [0, 1] whose plan keeps no more than a share.
-
-    Raises
-    ------
-    InputError
-        When even the plan of 0 keeps more.
-    """
-    low, high = 0.0, 1.0
-    best = plan(low)
-    if (least := best.savings().kept) > share:
-        raise InputError(f"keeps at least {least:.1%} of these layers")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        tried = plan(middle)
-        if tried.savings().kept <= share:
-            low, best = middle, tried
-        else:
-            high = middle
-    return low, best

@@ -15,7 +15,7 @@ from fullrank.cli.shrink_floor import parse_floor as parse_floor
 from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
-    from fullrank.compress.planning_share import OneShot
+    from fullrank.cli.shrink_run import AnyMethod
 
 
 def shrink(
@@ -69,14 +69,17 @@ def shrink(
         str,
         typer.Option(
             help="gauss_newton, lord (feature PCA), pca (the same, uniform), svd, greenformers, "
-            "welore (these two need no data) or pela; with --floor several, e.g. lord,svd: the "
-            "smallest of all is kept."
+            "welore (these two need no data) or pela; trp or maestro, which train on the "
+            "original's outputs first. With --floor several, e.g. lord,svd: the smallest of all is "
+            "kept."
         ),
     ] = "gauss_newton",
     recover: Annotated[
         bool, typer.Option(help="Train the shrunk model to give the original's outputs.")
     ] = True,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of recovery.", min=1)] = 100,
+    steps: Annotated[
+        int, typer.Option(help="Optimizer steps of recovery, and of trp and maestro.", min=1)
+    ] = 100,
     faster: Annotated[
         bool,
         typer.Option(
@@ -167,10 +170,10 @@ def shrink(
     )
 
 
-def _methods(names: str, several: bool) -> list[OneShot]:
-    from fullrank.compress.planning_share import check_one_shot
+def _methods(names: str, several: bool) -> list[AnyMethod]:
+    from fullrank.compress.planning_share import check_method
 
-    methods = [check_one_shot(name.strip()) for name in names.split(",")]
+    methods = [check_method(name.strip()) for name in names.split(",")]
     if len(methods) > 1 and not several:
         raise InputError(f"--method {names}: several methods are compared by --floor only")
     return list(dict.fromkeys(methods))

@@ -20,8 +20,12 @@ from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
     from fullrank.compress import CalibrationStats, Candidate, RankPlan, Shrunk
+    from fullrank.compress.family import Family
+    from fullrank.compress.family_training import TrainedMethod
     from fullrank.compress.planning_share import OneShot
     from fullrank.evaluate import FloorTest
+
+    AnyMethod = OneShot | TrainedMethod
 
 WORK = ".work"
 # Candidates of a method that a time limit leaves room for.
@@ -43,7 +47,7 @@ class Job:
 
     task: Task
     texts: Sequence[str]
-    methods: Sequence[OneShot]
+    methods: Sequence[AnyMethod]
     out: Path
     recover: bool = True
     faster: bool = True
@@ -92,11 +96,12 @@ class Job:
     def stats(self) -> CalibrationStats | None:
         """What the layers see, collected once and kept with the work."""
         from fullrank.compress import CalibrationStats
-        from fullrank.compress.planning_share import DATA_FREE
+        from fullrank.compress.planning_share import DATA_FREE, TRAINED
         from fullrank.compress.targets import factorisable
         from fullrank.core.files import atomic_write
 
-        if not self.texts or all(method in DATA_FREE for method in self.methods):
+        without = (*DATA_FREE, *TRAINED)
+        if not self.texts or all(method in without for method in self.methods):
             return None
         gradients = "gauss_newton" in self.methods
         identity = json.dumps({**self.identity, "gradients": gradients}, indent=1)
@@ -111,19 +116,18 @@ class Job:
         atomic_write(named, identity.encode())
         return stats
 
-    def recovery(self, method: OneShot) -> Callable[[Any], None] | None:
+    def recovery(self, method: AnyMethod) -> Callable[[Any], None] | None:
         """Return what trains a shrunk model, if it is to be trained."""
         from fullrank.compress import Distillation, PELARecovery
 
         if not self.recover or not self.texts:
             return None
-        each = None if self.seconds is None else self.seconds / len(self.methods) / _IN_TIME
         kind = PELARecovery if method == "pela" else Distillation
         return kind(
             self.task.model,
             self.batches,
             steps=self.steps,
-            seconds=each,
+            seconds=self._seconds_each,
             seed=self.seed,
             progress=True,
             checkpoint=self.work / "recovery.safetensors",
@@ -135,23 +139,49 @@ class Job:
             return self.task.metric(floor, part)
         return own_metric(self.own, self.task.tokenizer) if part == "dev" else None
 
+    def family(self, method: AnyMethod) -> Family:
+        """Return the plans of every size by a method; some are trained first."""
+        from fullrank.compress import TrainedFamily
+        from fullrank.compress.planning_share import family_for
+
+        model = self.task.model
+        if method != "trp" and method != "maestro":
+            return family_for(model, method, self.stats, faster_on=self.example, progress=True)
+        return TrainedFamily(
+            model,
+            method,
+            self.batches,
+            steps=self.steps,
+            seconds=self._seconds_each,
+            seed=self.seed,
+            progress=True,
+            faster_on=self.example,
+            checkpoint=self.work / f"{method}.safetensors",
+        )
+
+    @property
+    def _seconds_each(self) -> float | None:
+        """Time of one training."""
+        return None if self.seconds is None else self.seconds / len(self.methods) / _IN_TIME
+
     # -- a plan --------------------------------------------------------------------------------
 
     def to_plan(self, plan: RankPlan | None, keep: float) -> tuple[Any, RankPlan]:
         """Shrink by a plan, or by the method's plan for a share."""
         from fullrank.compress import factorize, faster_only
-        from fullrank.compress.planning_share import family_for
 
         method, model = self.methods[0], self.task.model
         example = self.example
         if plan is None:
-            family = family_for(model, method, self.stats, faster_on=example, progress=True)
+            family = self.family(method)
             chosen = family.plan(keep)
+            _check_left(chosen)
+            small = family.build(chosen)
         else:
             chosen = plan if example is None else faster_only(model, plan, example)
-        _check_left(chosen)
-        # The scale of each component shared between the factors, for the recovery that follows.
-        small = factorize(copy.deepcopy(model), chosen, self.stats, balance="sqrt")
+            _check_left(chosen)
+            # The scale of each component shared between the factors, for what follows.
+            small = factorize(copy.deepcopy(model), chosen, self.stats, balance="sqrt")
         if recover := self.recovery(method):
             recover(small)
         return small, chosen
@@ -192,9 +222,9 @@ class Job:
         self.facts |= {"reference": best.reference, "lower": best.floor_test.lower}
         return best
 
-    def _search(self, method: OneShot, floor: Floor, metric: Metric) -> Shrunk:
+    def _search(self, method: AnyMethod, floor: Floor, metric: Metric) -> Shrunk:
         from fullrank.compress import SearchRecord, shrink
-        from fullrank.compress.planning_share import DATA_FREE, FAMILIES
+        from fullrank.compress.planning_share import DATA_FREE, FAMILIES, TRAINED
 
         record = SearchRecord(
             self.work / method,
@@ -208,11 +238,13 @@ class Job:
         )
         known = FAMILIES.get(method)
         solver: Any = method if known is None else known[0]
+        if method in TRAINED:
+            solver = self.family(method)
         return shrink(
             self.task.model,
             metric,
             floor.value,
-            calibration=None if method in DATA_FREE else self.stats,
+            calibration=None if method in (*DATA_FREE, *TRAINED) else self.stats,
             relative=floor.relative,
             lower_is_better=floor.lower_is_better,
             clusters=self.task.clusters(metric, "dev"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fullrank.compress.distill import Distillation as Distillation
     from fullrank.compress.factorization import factorize as factorize
     from fullrank.compress.family import PlanFamily as PlanFamily
+    from fullrank.compress.family_training import TrainedFamily as TrainedFamily
     from fullrank.compress.family_weights import WeightFamily as WeightFamily
     from fullrank.compress.floor import shrink as shrink
     from fullrank.compress.greenformers import greenformers as greenformers
@@ -78,6 +79,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "shrink": "floor",
         "factorisable": "targets",
         "PlanFamily": "family",
+        "TrainedFamily": "family_training",
         "WeightFamily": "family_weights",
         "factorize": "factorization",
         **dict.fromkeys(["greenformers", "greenformers_plan"], "greenformers"),

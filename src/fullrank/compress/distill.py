@@ -107,10 +107,7 @@ class Distillation:
 
     def __call__(self, student: nn.Module) -> None:
         """Train the student, in place."""
-        # Without dropout, both see the same function of the same batch.
-        with _trainable(student) as parameters, evaluating(student), evaluating(self.teacher):
-            if not parameters:
-                raise InputError("the model to recover has no trainable parameter")
+        with self._both(student) as parameters:
             start = [p.detach().clone() for p in parameters]
             self.before = self._check(student)
             self._train_steps(student, parameters)
@@ -121,9 +118,31 @@ class Distillation:
                         parameter.copy_(value)
                 self.after = self.before
 
+    @contextmanager
+    def _both(self, student: nn.Module) -> Iterator[list[Tensor]]:
+        """Make both models ready; yield what is trained."""
+        # Without dropout, both see the same function of the same batch.
+        with _trainable(student) as parameters, evaluating(student), evaluating(self.teacher):
+            if not parameters:
+                raise InputError("the model to recover has no trainable parameter")
+            yield parameters
+
+    # What a method that shrinks meanwhile does at each turn.
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once, before the first step."""
+
+    def _begin(self, step: int, done: bool) -> None:
+        """At each step; ``done`` where an earlier run made it."""
+
+    def _finish(self, kept: RecoveryCheckpoint, optimizer: torch.optim.Optimizer) -> None:
+        """After the last step, with the file that keeps where training stands."""
+        kept.remove()
+
     def _train_steps(self, student: nn.Module, parameters: list[Tensor]) -> None:
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         generator = torch.Generator().manual_seed(self.seed + 1)
+        self._prepare(optimizer)
         kept = self._checkpoint(parameters)
         first, spent = (0, 0.0) if kept is None else kept.resume(optimizer)
         start = time.monotonic() - spent
@@ -135,6 +154,7 @@ class Distillation:
                     order = [self._train[i] for i in shuffle.tolist()]
                 index = order.pop()
                 if step < first:
+                    self._begin(step, done=True)
                     advance(1)
                     continue
                 done = step / self.steps
@@ -145,6 +165,7 @@ class Distillation:
                 rate = self.lr * min(1.0, (step + 1) / max(1, self.steps // 10)) * (1 - done)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                self._begin(step, done=False)
                 loss = self._loss(student, index)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
@@ -154,7 +175,7 @@ class Distillation:
                     kept.write(optimizer, step + 1, time.monotonic() - start)
                 advance(1)
         if kept is not None:
-            kept.remove()
+            self._finish(kept, optimizer)
 
     def _checkpoint(self, parameters: list[Tensor]) -> RecoveryCheckpoint | None:
         if self.checkpoint is None:

@@ -39,7 +39,7 @@ def shrink(
     clusters: Sequence[Any] | None = None,
     candidates: Sequence[float] | None = None,
     recover: Recover | Literal[False] | None = None,
-    method: Method | WeightMethod = "gauss_newton",
+    method: Method | WeightMethod | Family = "gauss_newton",
     allocation: Allocation = "sensitivity",
     include: Patterns | None = None,
     exclude: Patterns = (),
@@ -98,7 +98,9 @@ def shrink(
         with ``method="pela"`` :class:`~fullrank.compress.PELARecovery`), False does nothing.
     method, allocation
         See :class:`~fullrank.compress.PlanFamily`; or ``"greenformers"``, ``"welore"`` or
-        ``"pela"``, see :class:`~fullrank.compress.WeightFamily`.
+        ``"pela"``, see :class:`~fullrank.compress.WeightFamily`. Or a family of plans itself, such
+        as :class:`~fullrank.compress.TrainedFamily`; then ``include``, ``exclude`` and
+        ``faster_on`` are its own.
     include, exclude
         Name patterns; see :func:`~fullrank.compress.make_plan`.
     faster_on
@@ -159,8 +161,12 @@ def shrink(
         source = list(Batches(model, calibration, **cast(Any, how)))
     if recover is None and source is None:
         raise InputError("recovery needs calibration data, not statistics; or recover=False")
-    family = _family(
-        model, method, allocation, include, exclude, faster_on, stats, source, progress, seed
+    family = (
+        _family(
+            model, method, allocation, include, exclude, faster_on, stats, source, progress, seed
+        )
+        if isinstance(method, str)
+        else method
     )
     before = time.monotonic()
     reference = None if record is None else record.reference

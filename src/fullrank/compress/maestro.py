@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.allocation import allocate, curves_from
+from fullrank.compress.allocation import LossCurve, allocate, curves_from
 from fullrank.compress.batches import Batches
 from fullrank.compress.factorization import mark, replace_modules
 from fullrank.compress.maestro_layers import Ordered, deployed_layer, ordered_layer, prune
@@ -255,7 +255,13 @@ class Maestro:
             raise InputError(f"{name}: rank {rank}; it must lie in [0, {top}]")
         return rank
 
-    def _for_budget(self, budget: float) -> dict[str, int]:
+    @property
+    def smallest(self) -> float:
+        """The smallest budget: share of the dense weights' parameters."""
+        curves = self._curves().values()
+        return sum(c.steps[0].size for c in curves) / sum(c.steps[-1].size for c in curves)
+
+    def _curves(self) -> dict[str, LossCurve]:
         spectra = {}
         for name, layer in self.layers.items():
             tail = layer.tail_importance().double().cpu().numpy()
@@ -263,8 +269,11 @@ class Maestro:
             # component, the difference.
             lost = -np.diff(np.append(np.square(tail), 0.0))
             spectra[name] = LayerSpectrum(np.sqrt(np.maximum(lost, 0.0)), layer.matrix_shape)
+        return curves_from(spectra, grid=1)
+
+    def _for_budget(self, budget: float) -> dict[str, int]:
         chosen = {}
-        for name, rank in allocate(curves_from(spectra, grid=1), budget).items():
+        for name, rank in allocate(self._curves(), budget).items():
             full = self.layers[name].full_rank
             chosen[name] = full if rank is None else min(rank, full)
         return chosen

@@ -1,4 +1,4 @@
-"""One-shot methods by name: the plan of each that keeps a share of a model's parameters."""
+"""Methods by name, and of the one-shot ones the plan that keeps a share of the parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from fullrank.compress.calibration import CalibrationStats
 from fullrank.compress.family import Allocation, Family, PlanFamily
+from fullrank.compress.family_training import TrainedMethod
 from fullrank.compress.family_weights import WeightFamily, WeightMethod
 from fullrank.compress.solvers import Method
 from fullrank.compress.targets import Patterns
@@ -29,25 +30,20 @@ FAMILIES: dict[str, tuple[Method, Allocation]] = {
 }
 # Those that look at the weights alone.
 DATA_FREE: tuple[WeightMethod, ...] = get_args(WeightMethod)
-_TRAINED = {
-    "trp": "it pushes the weights to low rank all through a training on the task's own loss; "
-    "call fullrank.compress.TRP in that training, or TRPCallback in a Trainer",
-    "maestro": "one training on the task's own loss, which draws a rank at every step, makes all "
-    "sizes; call fullrank.compress.Maestro in that training, or MaestroTrainer",
-}
+# Those that train before there is a plan.
+TRAINED: tuple[TrainedMethod, ...] = get_args(TrainedMethod)
 
 
-def check_one_shot(method: str) -> OneShot:
-    """Return the method, or say which there are and what to call for those that train.
+def check_method(method: str) -> OneShot | TrainedMethod:
+    """Return the method, or say which there are.
 
-    >>> check_one_shot("welore")
+    >>> check_method("welore")
     'welore'
     """
-    if method in _TRAINED:
-        raise InputError(f"{method} does not start from a finished model: {_TRAINED[method]}")
-    if method not in get_args(OneShot):
-        raise InputError(f"method {method!r}; it is one of {', '.join(get_args(OneShot))}")
-    return cast(OneShot, method)
+    known = (*get_args(OneShot), *TRAINED)
+    if method not in known:
+        raise InputError(f"method {method!r}; it is one of {', '.join(known)}")
+    return cast("OneShot | TrainedMethod", method)
 
 
 def family_for(
