@@ -130,18 +130,15 @@ class Comparison:
         metric = original["metric"]
         value = statistics.fmean(original["values"])
         better = "lower" if original["lower_is_better"] else "higher"
-        names = list(columns or _COLUMNS)
-        cells = (
-            dict(zip(_COLUMNS, _cells(row, original), strict=True)) for row in self.rows[subject]
-        )
-        return Table(
-            names,
-            [[each[name] for name in names] for each in cells],
+        table = Table(
+            list(_COLUMNS),
+            [_cells(row, original) for row in self.rows[subject]],
             title=f"{subject}, size {self.size.name}: {metric} {value:.4f} of the original "
             f"({better} is better), {original['parameters']:,} parameters, "
             f"{human_bytes(original['bytes'])}",
-            formats={name: _COLUMNS[name] for name in names if _COLUMNS[name] is not None},
+            formats={name: form for name, form in _COLUMNS.items() if form is not None},
         )
+        return table.only(*(columns or table.columns))
 
     def markdown(self) -> str:
         """Return all tables, and what the columns mean."""

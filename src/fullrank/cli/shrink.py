@@ -147,8 +147,8 @@ def shrink(
         if test := job.tested(goal, small):
             console.print(f"on the test part, which took no part in the choice: it {test}")
             job.facts["test"] = {"ratio": test.ratio, "lower": test.lower, "holds": test.holds}
-    layers = report(small)
-    console.print(layers)
+    # The page has all columns.
+    console.print(report(small).only("layer", "rank", "kept", "relative error"))
     with job.written(small) as part:
         write_page(
             small,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fullrank.core.errors import InputError, require
@@ -86,6 +86,18 @@ class Table:
         for row in self._texts():
             table.add_row(*map(escape, row))
         return table
+
+    def only(self, *columns: str) -> Table:
+        """Return some of the columns, e.g. what fits a terminal.
+
+        >>> Table(["a", "b"], [[1, 2]]).only("b").rows
+        [[2]]
+        """
+        unknown = [column for column in columns if column not in self.columns]
+        if unknown:
+            raise InputError(f"no column {unknown[0]!r}; there are {', '.join(self.columns)}")
+        places = [self.columns.index(column) for column in columns]
+        return replace(self, columns=columns, rows=[[row[i] for i in places] for row in self.rows])
 
     def markdown(self) -> str:
         """Return a GitHub-flavoured Markdown table."""
