@@ -9,7 +9,8 @@ of WizardLM by reward and by difficulty) and GSM8K problems that were tampered w
 averaged, mean and standard error; at whole lengths (up to 512 tokens) and at 64 tokens of each
 response. The gates: more than three standard errors in the direction that is claimed.
 ``speed``: spectra of every example's gradients, from inputs and output gradients, against forming
-each gradient by backpropagation and taking its SVD, in turns, CPU time on one thread.
+each gradient by backpropagation and taking its SVD, in turns, CPU time on one thread; and the
+most bytes alive beside the weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fullrank.bench.memory import Peak
 from fullrank.core import Table
 from fullrank.datasets.texts import Texts
 from fullrank.spectra.gradient_comparison import MEASURES
@@ -195,9 +197,17 @@ def speed(rounds: int = 3) -> Table:
                 work()
                 spent[way].append(time.process_time() - began)
         other, own = (statistics.median(spent[way]) for way in ("formed", "ours"))
-        rows.append([width, tokens, 1000 * other, 1000 * own, other / own])
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        peaks = []
+        for work in (formed, ours):
+            model.zero_grad(set_to_none=True)
+            # What was alive beyond the weights.
+            peaks.append((Peak().of(work, model) - weights) / 2**20)
+        rows.append([width, tokens, 1000 * other, 1000 * own, other / own, *peaks])
     columns = ["width", "tokens", "gradients and SVDs, ms", "ours, ms", "times faster"]
     formats = dict.fromkeys(columns[2:4], ".0f") | {columns[4]: ".1f"}
+    memory = ["their peak, MiB", "ours, MiB"]
+    columns, formats = columns + memory, formats | dict.fromkeys(memory, ".0f")
     return Table(columns, rows, "Two examples, two layers, q k v o", formats)
 
 
