@@ -60,7 +60,7 @@ class AdapterSize:
     base: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The default sizes are for two cores of a CPU: two minutes, an hour, half an hour.
+# The default sizes are for two cores of a CPU: two minutes, and an hour each other.
 _SIZES = {
     size.task: size
     for size in (

@@ -95,7 +95,7 @@ def adapters(
         typer.Option(
             help="digits (an MLP to turned digits: 2 minutes on two cores), retrieval (the "
             "embedded encoder to pydocs, and what it forgets on Vaswani and Cranfield: an "
-            "hour) or language (a language model of Python source to GSM8K: 30 minutes); may "
+            "hour) or language (a language model of Python source to GSM8K: an hour); may "
             "be repeated. All by default; Vaswani, Cranfield and GSM8K are read from the folder "
             "that FULLRANK_DATA names."
         ),
