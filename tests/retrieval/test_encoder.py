@@ -101,7 +101,7 @@ def test_other_poolings(tmp_path, pooling):
 
 def test_pooling_that_is_not_known_runs_in_the_library(tmp_path):
     model = sentence_model(tmp_path, pooling="max")
-    encoder = Encoder(model)
+    encoder = Encoder(model, dtype="float32")
     texts = [prose(5, n) for n in range(40)]
     assert "max" in encoder.path
     np.testing.assert_allclose(encoder.encode(texts), library(model, texts), atol=1e-5)
@@ -113,7 +113,7 @@ def test_a_hook_is_respected(tiny):
     model = copy.deepcopy(tiny)
     layer = model[0].auto_model.encoder.layer[0].output.dense
     layer.register_forward_hook(lambda module, args, out: out * 0)
-    encoder = Encoder(model)
+    encoder = Encoder(model, dtype="float32")
     assert "hooks" in encoder.path
     np.testing.assert_allclose(encoder.encode(["a cat"]), library(model, ["a cat"]), atol=1e-5)
 

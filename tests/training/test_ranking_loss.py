@@ -34,7 +34,8 @@ def test_nothing_forbidden_is_sentence_transformers_loss(tiny, features):
     theirs([dict(f) for f in features], None).backward()
     for name, parameter in tiny.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
+            # Sums of other orders round differently, and how depends on the processor.
+            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=5e-6)
 
 
 def test_forbidden_documents_leave_the_softmax():
