@@ -107,6 +107,11 @@ def test_a_finished_training_is_not_made_again(method, tmp_path, monkeypatch):
     family(method, checkpoint=file)
     with pytest.raises(AssertionError):
         family(method, checkpoint=file, seed=1)
+    with pytest.raises(AssertionError):
+        family(method, checkpoint=file, include=["0", "2"])
+    other = [batch + 1 for batch in batches()]
+    with pytest.raises(AssertionError):
+        TrainedFamily(network(), method, other, steps=25, checkpoint=file)
 
 
 def test_trp_lowers_the_rank_that_an_energy_takes():

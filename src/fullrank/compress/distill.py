@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fullrank.compress.batches import Batches, Output, attention_mask, output_of
 from fullrank.compress.distill_checkpoint import RecoveryCheckpoint
-from fullrank.core.batches import call
+from fullrank.core.batches import call, tensors_in
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
 from fullrank.core.progress import progress as progress_bar
@@ -183,7 +183,13 @@ class Distillation:
         names = ("steps", "lr", "seconds", "seed", "alpha", "beta", "eps")
         settings = {name: getattr(self, name) for name in names if hasattr(self, name)}
         shapes = [len(self._batches), type(self).__name__]
-        return RecoveryCheckpoint(self.checkpoint, parameters, {**settings, "batches": shapes})
+        data = [tensor for batch in self._batches for tensor in tensors_in(batch)]
+        settings = {**settings, "batches": shapes, **self._particulars()}
+        return RecoveryCheckpoint(self.checkpoint, parameters, settings, data)
+
+    def _particulars(self) -> dict[str, Any]:
+        """What else the course of the training depends on (JSON values)."""
+        return {}
 
     def _loss(self, student: nn.Module, index: int) -> Tensor:
         batch = self._batches[index]

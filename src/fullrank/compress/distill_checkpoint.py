@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,21 @@ class RecoveryCheckpoint:
         As they are before the first step: with ``settings`` they say which recovery this is.
     settings
         What the course of the training depends on (JSON values).
+    data
+        What is trained on.
     """
 
     def __init__(
-        self, file: str | Path, parameters: Sequence[Tensor], settings: dict[str, Any]
+        self,
+        file: str | Path,
+        parameters: Sequence[Tensor],
+        settings: dict[str, Any],
+        data: Sequence[Tensor] = (),
     ) -> None:
         self.file = Path(file)
         self._parameters = list(parameters)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for parameter in parameters:
-            plain = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{tuple(parameter.shape)}".encode())
-            digest.update(plain.numpy().tobytes())
-        self._identity = digest.hexdigest()
+        written = json.dumps(settings, sort_keys=True)
+        self._identity = tensors_digest(written, [*parameters, *data])
         self._written = time.monotonic()
 
     def resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
@@ -96,3 +98,13 @@ class RecoveryCheckpoint:
     def remove(self) -> None:
         """Forget it: the recovery is done."""
         self.file.unlink(missing_ok=True)
+
+
+def tensors_digest(text: str, tensors: Iterable[Tensor]) -> str:
+    """Return a hash of a text and of tensors: types, shapes and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()

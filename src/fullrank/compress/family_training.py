@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,9 +202,14 @@ class _MaestroSizes:
 class _Training(Distillation):
     """Distillation during which a method shrinks: its end is kept, however it compares."""
 
+    _layers: tuple[str, ...] = field(default=(), init=False)
+
     def train(self, student: nn.Module) -> None:
         with self._both(student) as parameters:
             self._train_steps(student, parameters)
+
+    def _particulars(self) -> dict[str, Any]:
+        return {"layers": list(self._layers)}
 
     def _finish(self, kept: RecoveryCheckpoint, optimizer: torch.optim.Optimizer) -> None:
         kept.write(optimizer, self.steps, self.seconds or 0.0, now=True)
@@ -213,6 +218,7 @@ class _Training(Distillation):
 @dataclass
 class _TRPTraining(_Training):
     def sizes(self, model: nn.Module, layers: tuple[str, ...]) -> _TRPSizes:
+        self._layers = layers
         self._trp = TRP(model, include=layers, skip_first=False)
         self.train(model)
         # Momentum has restored some of the rank since.
@@ -230,6 +236,7 @@ class _TRPTraining(_Training):
 @dataclass
 class _MaestroTraining(_Training):
     def sizes(self, model: nn.Module, layers: tuple[str, ...]) -> _MaestroSizes:
+        self._layers = layers
         generator = torch.Generator().manual_seed(self.seed)
         self._maestro = Maestro(model, include=layers, generator=generator)
         self.train(model)

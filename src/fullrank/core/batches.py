@@ -35,6 +35,25 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return _mapped(batch, lambda tensor: tensor.to(device))
 
 
+def tensors_in(batch: Batch) -> list[torch.Tensor]:
+    """Return the tensors of a batch, in order.
+
+    Examples
+    --------
+    >>> import torch
+    >>> len(tensors_in({"input_ids": torch.zeros(2, 3), "labels": torch.zeros(2)}))
+    2
+    """
+    found: list[torch.Tensor] = []
+
+    def seen(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(batch, seen)
+    return found
+
+
 def rows_in(batch: Batch) -> int:
     """Return how many samples a batch has: the length of its first tensor.
 
