@@ -20,6 +20,8 @@ def features(tiny):
     return [tiny.preprocess(texts) for texts in COLUMNS]
 
 
+# How float32 rounds is the kernels' affair: plain ones are the same on every processor.
+@torch.backends.mkldnn.flags(enabled=False)
 def test_nothing_forbidden_is_sentence_transformers_loss(tiny, features):
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -34,8 +36,7 @@ def test_nothing_forbidden_is_sentence_transformers_loss(tiny, features):
     theirs([dict(f) for f in features], None).backward()
     for name, parameter in tiny.named_parameters():
         if parameter.grad is not None:
-            # Sums of other orders round differently, and how depends on the processor.
-            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=5e-6)
+            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_forbidden_documents_leave_the_softmax():
