@@ -22,7 +22,7 @@ from fullrank.bench.shrink_table import Comparison, rows_of
 from fullrank.bench.shrink_workbench import Workbench
 from fullrank.cli.bench import app
 from fullrank.compress import LowRankLinear, make_plan
-from fullrank.compress.family_training import kept_at_most
+from fullrank.compress.family import kept_at_most
 from fullrank.core import Corpus, InputError, models
 from fullrank.core.rank_rules import FractionOfBreakEven
 from fullrank.datasets import Dataset

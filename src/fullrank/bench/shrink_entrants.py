@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fullrank.bench.shrink_workbench import Workbench
 from fullrank.compress.factorization import factorize
-from fullrank.compress.family import Allocation
-from fullrank.compress.family_training import energy_plans, kept_at_most
+from fullrank.compress.family import Allocation, kept_at_most
+from fullrank.compress.family_training import energy_plans
 from fullrank.compress.family_weights import WeightFamily, WeightMethod
 from fullrank.compress.maestro import Maestro
 from fullrank.compress.pela import pela_plan

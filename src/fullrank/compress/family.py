@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
@@ -27,6 +27,9 @@ from fullrank.core.rank_rules import LayerSpectrum, ParamRatio
 
 Allocation = Literal["sensitivity", "uniform"]
 
+# Halvings of the range of a threshold: beyond this two plans are one.
+_HALVINGS = 40
+
 
 class Family(Protocol):
     """Plans and models of every size, by one method."""
@@ -40,6 +43,38 @@ class Family(Protocol):
 
     def build(self, plan: RankPlan) -> nn.Module:
         """Return a copy of the model, shrunk by a plan of this family."""
+
+
+def check_keep(keep: float) -> None:
+    """Raise unless a share to keep lies in (0, 1]."""
+    if not 0 < keep <= 1:
+        raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+
+
+def kept_at_most(
+    share: float, plan: Callable[[float], RankPlan], method: str = "the method"
+) -> tuple[float, RankPlan]:
+    """Find the largest number in [0, 1] whose plan keeps no more than a share.
+
+    Raises
+    ------
+    InputError
+        When even the plan of 0 keeps more.
+    """
+    low, high = 0.0, 1.0
+    best = plan(low)
+    if (least := best.savings().kept) > share:
+        raise InputError(
+            f"{method} keeps at least {least:.1%} of these layers; {share:.1%} was asked"
+        )
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        tried = plan(middle)
+        if tried.savings().kept <= share:
+            low, best = middle, tried
+        else:
+            high = middle
+    return low, best
 
 
 class PlanFamily:
@@ -132,8 +167,7 @@ class PlanFamily:
 
     def plan(self, keep: float) -> RankPlan:
         """Return the plan that keeps this share of the layers' parameters, in (0, 1]."""
-        if not 0 < keep <= 1:
-            raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+        check_keep(keep)
         if self.allocation == "uniform":
             rule = ParamRatio(1 / keep)
             ranks = {n: rule(s.values, *s.shape) for n, s in self.spectra.items()}

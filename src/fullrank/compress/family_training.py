@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fullrank.compress.distill import Distillation
 from fullrank.compress.distill_checkpoint import RecoveryCheckpoint
 from fullrank.compress.factorization import factorize
+from fullrank.compress.family import check_keep, kept_at_most
 from fullrank.compress.maestro import Maestro
 from fullrank.compress.measured_speed import faster_only
 from fullrank.compress.planning import layer_spectra, make_plan
@@ -25,9 +26,6 @@ from fullrank.core.plan import RankPlan
 from fullrank.core.rank_rules import Energy
 
 TrainedMethod = Literal["trp", "maestro"]
-
-# Halvings of the range of a threshold: beyond this two plans are one.
-_HALVINGS = 40
 
 
 class TrainedFamily:
@@ -113,36 +111,13 @@ class TrainedFamily:
 
     def plan(self, keep: float) -> RankPlan:
         """Return the plan that keeps at most this share of the layers' parameters, in (0, 1]."""
-        if not 0 < keep <= 1:
-            raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+        check_keep(keep)
         plan = self._sizes.plan(keep)
         return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """Return the trained model, cut by a plan of this family."""
         return self._sizes.build(plan).train(self.model.training)
-
-
-def kept_at_most(share: float, plan: Callable[[float], RankPlan]) -> tuple[float, RankPlan]:
-    """Find the largest number in [0, 1] whose plan keeps no more than a share.
-
-    Raises
-    ------
-    InputError
-        When even the plan of 0 keeps more.
-    """
-    low, high = 0.0, 1.0
-    best = plan(low)
-    if (least := best.savings().kept) > share:
-        raise InputError(f"keeps at least {least:.1%} of these layers")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        tried = plan(middle)
-        if tried.savings().kept <= share:
-            low, best = middle, tried
-        else:
-            high = middle
-    return low, best
 
 
 def energy_plans(model: nn.Module, layers: Patterns) -> Callable[[float], RankPlan]:

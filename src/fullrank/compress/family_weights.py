@@ -8,20 +8,17 @@ from typing import Literal
 from torch import nn
 
 from fullrank.compress.factorization import factorize
+from fullrank.compress.family import check_keep, kept_at_most
 from fullrank.compress.measured_speed import faster_only
 from fullrank.compress.pela import OMITTED, pela_plan
 from fullrank.compress.planning import layer_spectra, make_plan
 from fullrank.compress.targets import Patterns
 from fullrank.compress.welore import WeLoreConfig, welore_plan
 from fullrank.core.batches import Batch
-from fullrank.core.errors import InputError
 from fullrank.core.plan import RankPlan
 from fullrank.core.rank_rules import FractionOfBreakEven
 
 WeightMethod = Literal["greenformers", "welore", "pela"]
-
-# Halvings of the threshold's range: beyond this two thresholds are one number.
-_HALVINGS = 60
 
 
 class WeightFamily:
@@ -73,14 +70,14 @@ class WeightFamily:
 
     def plan(self, keep: float) -> RankPlan:
         """Return the plan that keeps at most this share of the layers' parameters, in (0, 1]."""
-        if not 0 < keep <= 1:
-            raise InputError(f"the share to keep is {keep}; it must lie in (0, 1]")
+        check_keep(keep)
         if self.method == "pela":
             # What the official code omits, unless something else is to be.
             exclude = self._exclude or OMITTED
             plan = pela_plan(self.model, 1 / keep, exclude, include=self._include)
         elif self.method == "welore":
-            plan = self._to_share(keep)
+            # What is kept never grows with the threshold.
+            plan = kept_at_most(keep, lambda x: self._welore(1 - x), "welore")[1]
         else:
             rule = FractionOfBreakEven(keep)
             spectra = self._spectra
@@ -93,20 +90,3 @@ class WeightFamily:
 
     def _welore(self, theta: float) -> RankPlan:
         return welore_plan(self.model, WeLoreConfig(theta=theta), self._spectra)
-
-    def _to_share(self, keep: float) -> RankPlan:
-        """Bisect the threshold: what is kept never grows with it."""
-        low, high = 0.0, 1.0
-        best = self._welore(high)
-        if (least := best.savings().kept) > keep:
-            raise InputError(
-                f"welore keeps at least {least:.1%} of these layers; {keep:.1%} was asked"
-            )
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            tried = self._welore(middle)
-            if tried.savings().kept <= keep:
-                best, high = tried, middle
-            else:
-                low = middle
-        return best

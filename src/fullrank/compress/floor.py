@@ -161,12 +161,8 @@ def shrink(
         source = list(Batches(model, calibration, **cast(Any, how)))
     if recover is None and source is None:
         raise InputError("recovery needs calibration data, not statistics; or recover=False")
-    family = (
-        _family(
-            model, method, allocation, include, exclude, faster_on, stats, source, progress, seed
-        )
-        if isinstance(method, str)
-        else method
+    family = _family(
+        model, method, allocation, include, exclude, faster_on, stats, source, progress, seed
     )
     before = time.monotonic()
     reference = None if record is None else record.reference
@@ -209,7 +205,7 @@ def shrink(
 
 def _family(
     model: nn.Module,
-    method: Method | WeightMethod,
+    method: Method | WeightMethod | Family,
     allocation: Allocation,
     include: Patterns | None,
     exclude: Patterns,
@@ -219,6 +215,8 @@ def _family(
     progress: bool,
     seed: int,
 ) -> Family:
+    if not isinstance(method, str):
+        return method
     if method in DATA_FREE:
         return WeightFamily(model, method, include=include, exclude=exclude, faster_on=faster_on)
     if stats is None:
