@@ -6,10 +6,11 @@ import copy
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +175,13 @@ class Job:
         example = self.example
         if plan is None:
             family = self.family(method)
-            chosen = family.plan(keep)
-            _check_left(chosen)
-            small = family.build(chosen)
+            chosen, build = family.plan(keep), family.build
         else:
             chosen = plan if example is None else faster_only(model, plan, example)
-            _check_left(chosen)
             # The scale of each component shared between the factors, for what follows.
-            small = factorize(copy.deepcopy(model), chosen, self.stats, balance="sqrt")
+            build = partial(factorize, copy.deepcopy(model), calibration=self.stats, balance="sqrt")
+        _check_left(chosen)
+        small = build(chosen)
         if recover := self.recovery(method):
             recover(small)
         return small, chosen
@@ -224,7 +224,6 @@ class Job:
 
     def _search(self, method: AnyMethod, floor: Floor, metric: Metric) -> Shrunk:
         from fullrank.compress import SearchRecord, shrink
-        from fullrank.compress.planning_share import DATA_FREE, FAMILIES, TRAINED
 
         record = SearchRecord(
             self.work / method,
@@ -236,25 +235,23 @@ class Job:
                 "faster": self.faster,
             },
         )
-        known = FAMILIES.get(method)
-        solver: Any = method if known is None else known[0]
-        if method in TRAINED:
-            solver = self.family(method)
+        began = time.monotonic()
+        family = self.family(method)
+        left = None
+        if self.seconds is not None:
+            # What it took to make the plans counts.
+            left = self.seconds / len(self.methods) - (time.monotonic() - began)
         return shrink(
             self.task.model,
             metric,
             floor.value,
-            calibration=None if method in (*DATA_FREE, *TRAINED) else self.stats,
             relative=floor.relative,
             lower_is_better=floor.lower_is_better,
             clusters=self.task.clusters(metric, "dev"),
             recover=self.recovery(method) or False,
-            method=solver,
-            allocation="sensitivity" if known is None else known[1],
-            faster_on=self.example,
+            method=family,
             record=record,
-            seconds=None if self.seconds is None else self.seconds / len(self.methods),
-            seed=self.seed,
+            seconds=left,
         )
 
     def tested(self, floor: Floor, small: Any) -> FloorTest | None:

@@ -21,7 +21,7 @@ OneShot = Literal[
 ]
 
 # Solver and allocation of the methods that PlanFamily makes.
-FAMILIES: dict[str, tuple[Method, Allocation]] = {
+_FAMILIES: dict[str, tuple[Method, Allocation]] = {
     "gauss_newton": ("gauss_newton", "sensitivity"),
     "lord": ("output_pca", "sensitivity"),
     "output_pca": ("output_pca", "sensitivity"),
@@ -84,7 +84,7 @@ def family_for(
         return WeightFamily(model, method, include=include, exclude=exclude, faster_on=faster_on)
     if stats is None:
         raise InputError(f"method {method!r} needs calibration data")
-    solver, allocation = FAMILIES[method]
+    solver, allocation = _FAMILIES[method]
     return PlanFamily(
         model,
         stats,
