@@ -4,19 +4,19 @@
 
 Uniform ranks and ranks by sensitivity, at 50 % of the linear parameters (``--share``), 32 texts of
 128 tokens; and with layers left dense that are measured to be slower factorised. Wall time, the
-median over rounds, original and shrunk models taking turns.
+fastest of the rounds, original and shrunk models taking turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
 
 import torch
 
 from fullrank import datasets
+from fullrank.bench.timing import interleaved_times
 from fullrank.compress import Batches, CalibrationStats, PlanFamily
 from fullrank.compress.targets import factorisable
 from fullrank.core import DEFAULT_ENCODER, Table
@@ -61,25 +61,29 @@ def main() -> None:
         if name != "original"
     ]
     size = tuple(batch["input_ids"].shape)
-    seconds = " and ".join(f"{times[d]['original'] * 1e3:.0f} ms" for d in times)
+    seconds = " and ".join(f"{times[d]['original']:.0f} ms" for d in times)
     title = f"{size[0]} x {size[1]} tokens, {args.threads} threads; the original takes {seconds}"
     columns = ["ranks", "kept", "times faster, float32", "times faster, bfloat16"]
     formats = {columns[1]: ".1%", columns[2]: ".2f", columns[3]: ".2f"}
     print(Table(columns, rows, title, formats).markdown())
 
 
-@torch.no_grad()
 def race(ways, batch, dtype, rounds):
-    """Median seconds of each model's forward pass."""
-    models = {name: copy.deepcopy(model).to(dtype) for name, model in ways.items()}
-    spent = {name: [] for name in models}
-    for turn in range(rounds + 2):
-        for name, model in models.items():
-            began = time.perf_counter()
+    """Milliseconds of each model's forward pass, in turns."""
+
+    def step(model):
+        @torch.no_grad()
+        def forward(clock):
+            began = clock()
             call(model, batch)
-            if turn >= 2:
-                spent[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in spent.items()}
+            return (clock() - began,)
+
+        return forward
+
+    steps = {name: step(copy.deepcopy(model).to(dtype)) for name, model in ways.items()}
+    # On several threads it is wall time that counts.
+    found = interleaved_times(steps, time.perf_counter, cycle=1, cycles=rounds, warmup=2, turn=1)
+    return {name: ms for name, (ms,) in found.items()}
 
 
 if __name__ == "__main__":
