@@ -51,11 +51,12 @@ SPECTRA = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_any_spectrum(kind):
-    rows = SPECTRA[kind](walk(2, 200, 230))
+def test_any_spectrum(kind, dtype):
+    rows = SPECTRA[kind](walk(2, 200, 230)).to(dtype)
     sizes = torch.tensor([[129, 130, 141, 161, 200], [150, 181, 195, 199, 200]])
-    expected = by_svd(rows, sizes)
+    expected = by_svd(rows.double(), sizes)
     if kind == "tiny":
         # All of it is below eps; what counts is that nothing breaks.
         assert torch.isfinite(prefix_ranks(rows, sizes, EPS)).all()

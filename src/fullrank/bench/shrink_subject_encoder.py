@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from fullrank.bench.shrink_sizes import ShrinkSize
 from fullrank.bench.shrink_subject import Subject, Values
 from fullrank.compress.batches import Batches, attention_mask, output_of
 from fullrank.compress.targets import factorisable
-from fullrank.core.batches import call
+from fullrank.core.batches import Batch, call
 from fullrank.core.errors import InputError
 
 # Documents whose embeddings are compared; they are in nothing else.
@@ -59,17 +60,30 @@ class EncoderSubject(Subject):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Squared error of the embeddings: no labels are needed."""
-        mask = attention_mask(batch)
-        with torch.no_grad():
-            wanted = output_of(call(self.original, batch), mask).value
-        found = output_of(call(model, batch), mask).value
-        return (found - wanted).square().sum(-1).mean()
+        texts, wanted = batch
+        found = output_of(call(model, texts), attention_mask(texts)).value
+        error: Tensor = (found - wanted).square().sum(-1).mean()
+        return error
 
-    def training(self, seed: int) -> Iterator[Any]:
+    def inputs(self, batch: Any) -> Batch:
+        """See :meth:`Subject.inputs`."""
+        found: Batch = batch[0]
+        return found
+
+    def training(self, seed: int) -> Iterator[tuple[Batch, Tensor]]:
         """See :meth:`Subject.training`."""
         draw = random.Random(seed)
         while True:
-            yield from draw.sample(self.calibration, len(self.calibration))
+            yield from draw.sample(self._taught, len(self._taught))
+
+    @functools.cached_property
+    def _taught(self) -> list[tuple[Batch, Tensor]]:
+        """The texts of calibration, each batch with the original's embeddings of it."""
+        with torch.no_grad():
+            return [
+                (texts, output_of(call(self.original, texts), attention_mask(texts)).value)
+                for texts in self.calibration
+            ]
 
     def _embed(self, model: Any) -> Tensor:
         found: Tensor = model.encode(self._compared, convert_to_tensor=True)

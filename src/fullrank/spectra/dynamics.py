@@ -52,7 +52,7 @@ def rank_dynamics(
     ----------
     hidden
         ``(B, T, D)`` last-layer states, the row of a token being the state that produced it.
-        Worked on in float64.
+        Worked on in float64, but where float32 is enough for those that are given in it.
     mask
         ``(B, T)``, True on a response's tokens, anywhere in the row; None takes all.
     stride
@@ -100,7 +100,7 @@ def rank_dynamics(
 def _packed(
     hidden: Tensor, mask: Tensor | None, stride: int, max_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
-    """States in float64 with the tokens of each response at the front, and how many there are."""
+    """States with the tokens of each response at the front, and how many there are."""
     if hidden.ndim != 3 or 0 in hidden.shape or not hidden.is_floating_point():
         raise InputError(
             f"hidden states of shape {tuple(hidden.shape)} and {hidden.dtype}; expected floating "
@@ -122,11 +122,11 @@ def _packed(
     if not torch.equal(mask, real):
         order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
         packed = hidden.gather(1, order[..., None].expand_as(hidden))
-    packed = packed.double().contiguous()
+    packed = (packed if packed.dtype == torch.float64 else packed.float()).contiguous()
     if not real.all():
         packed = torch.where(real[..., None], packed, 0.0)
-    # One value that is not finite makes the sum so.
-    if not torch.isfinite(packed.sum()):
+    # One value that is not finite makes the sum so, and large ones may.
+    if not torch.isfinite(packed.sum()) and not torch.isfinite(packed).all():
         raise InputError("hidden states hold NaN or infinite values on a response's tokens")
     return packed[:, : max(int(lengths.max()), 1)], lengths
 
@@ -143,6 +143,7 @@ def _last(hidden: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
 
 def _ranks(hidden: Tensor, lengths: Tensor) -> Tensor:
     """Effective rank of each response's first ``lengths`` rows; rows behind them are zero."""
+    hidden = hidden.double()
     ranks = hidden.new_zeros(len(hidden))
     rows = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
     mean = hidden.sum(1) / lengths.clamp_min(1)[:, None]
@@ -160,10 +161,10 @@ def _many_ranks(window: Tensor, kept: Tensor, sizes: list[int]) -> tuple[Tensor,
     All of them from a few factorisations; 0 for the sizes that :func:`_one_by_one` is for.
     """
     width = window.shape[2]
-    series = window.new_zeros(len(window), len(sizes))
+    series = window.new_zeros(len(window), len(sizes), dtype=torch.float64)
     middle = [j for j, size in enumerate(sizes) if _SMALL < size <= width]
     if not middle and not bool(((kept > _SMALL) & (kept <= width)).any()):
-        return window.new_zeros(len(window)), series
+        return series.new_zeros(len(window)), series
     wanted = torch.tensor([sizes[j] for j in middle], dtype=torch.int64, device=kept.device)
     # The last column is that of the whole window.
     wanted = torch.cat([wanted.expand(len(kept), -1), kept.clamp(2, width)[:, None]], dim=1)
@@ -178,17 +179,18 @@ def _one_by_one(
     """Yield ``(j, ranks (B,))`` of the j-th prefixes, by an eigenvalue problem for each size."""
     width = window.shape[2]
     short = max((size for size in sizes.values() if size <= width), default=0)
-    gram = window[:, :short] @ window[:, :short].mT
-    scatter = total = torch.zeros((), dtype=window.dtype, device=window.device)
+    first = window[:, :short].double()
+    gram = first @ first.mT
+    scatter = total = torch.zeros((), dtype=gram.dtype, device=gram.device)
     done = 0
     for j, size in sizes.items():
         there = counts > j
-        ranks = window.new_zeros(len(window))
+        ranks = gram.new_zeros(len(window))
         if size <= width:
             ranks[there] = _effective_rank(_centred(gram[there, :size, :size]))
         else:
             # Wider than it is long no more: the other product is smaller, and has full rank.
-            new = window[:, done:size]
+            new = window[:, done:size].double()
             scatter, total, done = scatter + new.mT @ new, total + new.sum(1), size
             mean = total / size
             moved = scatter - size * mean[:, :, None] * mean[:, None, :]

@@ -37,21 +37,25 @@ def each(
     Parameters
     ----------
     function
-        Called in a worker thread; most of its time should be spent in numpy.
+        Called in a worker thread, where torch uses one thread as well; most of its time should be
+        spent in numpy, scipy or torch.
     items
         Longest first keeps all workers busy to the end.
     """
-    workers = min(torch.get_num_threads(), len(items))
+    threads = torch.get_num_threads()
+    workers = min(threads, len(items))
     limits = _single_threaded_blas() if workers > 1 else None
     if limits is None:
         for item in items:
             yield item, function(item)
         return
     with limits:
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="fullrank-spectra")
+        # torch's setting belongs to the thread that makes it, but MKL's follows every call.
+        pool = ThreadPoolExecutor(workers, "fullrank-spectra", torch.set_num_threads, (1,))
         try:
             futures: dict[Future[Result], Item] = {pool.submit(function, i): i for i in items}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)

@@ -18,10 +18,14 @@ within pi of the real axis, where the trapezoidal rule converges geometrically: 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fullrank.spectra.parallel import each
 
 # Between nodes in log s. Effective ranks then are off by 1e-5 of theirs or less, where one
 # direction holds almost all by 3e-5, as measured.
@@ -31,12 +35,15 @@ _STEP = 1.8
 _TOP = 10.0
 # No node is added once what is left to find is this share of the sum of singular values.
 _LEFT = 3e-6
-# Shifts above this share of the largest eigenvalue do in float32, and so many times above what
-# rounding does there to the others.
+# Factors do in float32 while their pivots are above this share of the largest eigenvalue, and so
+# many times above what rounding does to the others.
 _SINGLE, _ABOVE_ROUNDING = 1e-5, 64
+# Rows whose largest number is smaller, or larger than its inverse, have no squares in float32.
+_SMALLEST = 1e-12
 # Nodes that both tails are continued to.
 _TAIL = 64
-# Numbers in the Gram matrices that are worked on at once on the CPU: its caches hold them.
+# Numbers in the Gram matrices that are worked on at once by a thread of the CPU: its caches hold
+# them.
 _CACHED = 2**18
 
 
@@ -47,7 +54,8 @@ def prefix_ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     Parameters
     ----------
     rows
-        ``(B, n, D)``, float64.
+        ``(B, n, D)``, float32 or float64. In float32 their Gram matrix is in float32 too for the
+        larger s, which is enough for them.
     sizes
         ``(B, K)`` integers in ``[2, min(n, D)]``.
     eps
@@ -56,22 +64,31 @@ def prefix_ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     Returns
     -------
     Tensor
-        ``(B, K)``; 1 for prefixes whose rows are all alike.
+        ``(B, K)``, float64; 1 for prefixes whose rows are all alike.
     """
     count, length = rows.shape[:2]
-    each = max(1, _CACHED // length**2) if rows.device.type == "cpu" else count
-    parts = zip(torch.split(rows, each), torch.split(sizes, each), strict=True)
-    return torch.cat([_ranks(*part, eps) for part in parts])
+    if rows.device.type != "cpu":
+        return _ranks(rows, sizes, eps)
+    step = max(1, _CACHED // length**2)
+    found = torch.empty(sizes.shape, dtype=torch.float64)
+    parts = [slice(at, at + step) for at in range(0, count, step)]
+    for part, ranks in each(lambda part: _ranks(rows[part], sizes[part], eps), parts):
+        found[part] = ranks
+    return found
 
 
 def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     # Any constant may be taken off the rows first: near zero, less is lost by centring prefixes.
     rows = rows - rows.mean(1, keepdim=True)
+    if rows.dtype == torch.float32 and not _SMALLEST < float(rows.abs().max()) < 1 / _SMALLEST:
+        rows = rows.double()
     gram = _gram(rows)
-    scale = _largest(gram)
+    scale = _largest(gram).double()
     scale = torch.where(scale > 0, scale, 1.0)[:, None]
-    trace, alike = _traces(rows, gram, sizes)
-    determinants = _Determinants(gram / scale[..., None], sizes)
+    wide = rows.double()
+    trace, alike = _traces(wide, sizes)
+    exact = partial(_gram, wide) if rows.dtype != wide.dtype else lambda: gram
+    determinants = _Determinants(gram, exact, scale, sizes)
     total, weighted = _integrals(determinants, trace / scale, sizes - 1)
     total = total.clamp_min(1e-300)
     entropy = total.log() - weighted / (2 * total)
@@ -82,11 +99,11 @@ def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or len(rows) > 1 or rows.dtype == torch.float32:
         return rows @ rows.mT
     # numpy's BLAS has the symmetric product, half the work.
-    arrays = (sequence.numpy() for sequence in rows)
-    return torch.stack([torch.from_numpy(array @ array.T) for array in arrays])
+    array = rows[0].numpy()
+    return torch.from_numpy(array @ array.T)[None]
 
 
 def _largest(gram: Tensor) -> Tensor:
@@ -101,9 +118,9 @@ def _largest(gram: Tensor) -> Tensor:
     return found
 
 
-def _traces(rows: Tensor, gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def _traces(rows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the eigenvalues of each centred prefix, and whether it is all rounding."""
-    squares = gram.diagonal(dim1=1, dim2=2).cumsum(1).gather(1, sizes - 1)
+    squares = torch.linalg.vector_norm(rows, dim=-1).square().cumsum(1).gather(1, sizes - 1)
     inside = torch.arange(rows.shape[1], device=rows.device) < sizes[..., None]
     trace = squares - (inside.to(rows.dtype) @ rows).square().sum(-1) / sizes
     alike = trace <= 1e-13 * squares
@@ -111,47 +128,65 @@ def _traces(rows: Tensor, gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Determinants:
-    """``phi(s)`` of every prefix, by a Cholesky factor each time it is called."""
+    """``phi(s)`` of every prefix, by a Cholesky factor each time it is called.
 
-    def __init__(self, gram: Tensor, sizes: Tensor) -> None:
-        batch, n = gram.shape[:2]
+    Parameters
+    ----------
+    gram, exact
+        ``(B, n, n)``, and what makes it in float64 once that is needed.
+    scale
+        ``(B, 1)``: what it is divided by.
+    sizes
+        ``(B, K)`` rows of each prefix.
+    """
+
+    def __init__(
+        self, gram: Tensor, exact: Callable[[], Tensor], scale: Tensor, sizes: Tensor
+    ) -> None:
         self.sizes = sizes
-        self._rows = n
-        # A last row of ones makes the factorisation do the substitution. Powers of two between
-        # rows would have them compete for the same places of the caches.
-        side = (n + 8) // 8 * 8
-        side += 8 * (side % 64 == 0)
-        self._double = gram.new_zeros(batch, side, side)
-        self._double[:, :n, :n] = gram
-        self._double[:, -1, :n] = 1.0
-        self._single = self._double.float()
-        mean = float(gram.diagonal(dim1=1, dim2=2).mean(1).max())
+        self._exact, self._scale, self._rows = exact, scale[..., None], gram.shape[1]
+        self._single = self._bordered(gram, torch.float32)
+        n = self._rows
+        mean = float(self._single.diagonal(dim1=1, dim2=2)[:, :n].mean(1).max())
         rounding = torch.finfo(torch.float32).eps * n**0.5 * mean
-        self.single_from = max(_SINGLE, _ABOVE_ROUNDING * rounding)
+        self._lowest = math.log(max(_SINGLE, _ABOVE_ROUNDING * rounding)) / 2
+        self._single_does = True
         self.smallest = 4 * n * torch.finfo(torch.float64).eps
 
-    def __call__(self, shift: float) -> Tensor:
-        factor, failed = self._factor(
-            self._single if shift >= self.single_from else self._double, shift
-        )
-        if shift >= self.single_from and bool(failed.any()):
-            factor, _ = self._factor(self._double, shift)
+    def _bordered(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        # A last row of ones makes the factorisation do the substitution. Powers of two between
+        # rows would have them compete for the same places of the caches.
         n = self._rows
-        logs = factor.diagonal(dim1=1, dim2=2)[:, :n].double().log()
-        solved = factor[:, -1, :n].double().square()
+        side = (n + 8) // 8 * 8
+        side += 8 * (side % 64 == 0)
+        found = gram.new_zeros(len(gram), side, side, dtype=dtype)
+        torch.div(gram, self._scale.to(gram.dtype), out=found[:, :n, :n])
+        found[:, -1, :n] = 1.0
+        return found
+
+    @cached_property
+    def _double(self) -> Tensor:
+        return self._bordered(self._exact(), torch.float64)
+
+    def __call__(self, shift: float) -> Tensor:
+        logs, solved = self._factor(self._single if self._single_does else self._double, shift)
+        # Pivots shrink with the shift: once one is too small, those of smaller shifts are as well.
+        if self._single_does and not bool(logs.min() >= self._lowest):
+            self._single_does = False
+            logs, solved = self._factor(self._double, shift)
         places = self.sizes - 1
         plain = (2 * logs - math.log(shift)).cumsum(1).gather(1, places)
-        ones = solved.cumsum(1).gather(1, places)
+        ones = solved.square().cumsum(1).gather(1, places)
         return plain + (shift / self.sizes * ones).log()
 
-    @staticmethod
-    def _factor(base: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-        matrix = base.clone()
+    def _factor(self, base: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+        """Logarithms of the factor's diagonal, some NaN where it has none, and its last row."""
+        matrix, n = base.clone(), self._rows
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal += shift
         diagonal[:, -1] = 2 * matrix.shape[1] / shift
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        return factor, failed
+        factor = torch.linalg.cholesky_ex(matrix)[0]
+        return factor.diagonal(dim1=1, dim2=2)[:, :n].double().log(), factor[:, -1, :n].double()
 
 
 class _Tail(NamedTuple):
