@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
 from fullrank.core.names import named_linears
+from fullrank.linalg import gram_spectrum
 
 Modules = str | Callable[[str, nn.Module], bool]
 Method = Literal["auto", "grad", "factored"]
@@ -133,26 +134,25 @@ class Factor:
     def values(self, D: Tensor, method: Method) -> Tensor:
         """Singular values of ``D^T X`` for output gradients ``D (T, m)``.
 
-        ``D^T = Q_D R_D`` and ``X^T = Q_X R_X`` give ``G = Q_D (R_D R_X^T) Q_X^T``: with fewer
-        tokens than the matrix is wide the ``T x T`` matrix in the middle is all there is to
-        decompose.
+        ``X^T = Q_X R_X`` gives ``G = (R_X D)^T Q_X^T``: with fewer tokens than the matrix is wide
+        the ``T x m`` matrix ``R_X D`` is all there is to decompose.
         """
         tokens, least = len(D), min(D.shape[1], self.X.shape[1])
         factored = tokens < least if method == "auto" else method == "factored"
-        if factored:
-            found = torch.linalg.svdvals(_upper(D) @ self._upper().T)
-        else:
-            found = torch.linalg.svdvals(D.T @ self.X)
+        found = _singular_values(self._upper() @ D if factored else D.T @ self.X)
         # As many as the weight has, whatever was decomposed.
         return nn.functional.pad(found[:least], (0, max(0, least - len(found))))
 
     def _upper(self) -> Tensor:
+        """``R`` of ``X^T = Q R``, which holds all inner products of the inputs."""
         if self._R is None:
-            self._R = _upper(self.X)
+            self._R = torch.linalg.qr(self.X.T, mode="r").R
         return self._R
 
 
-def _upper(rows: Tensor) -> Tensor:
-    """R of ``rows^T = Q R``, which holds all inner products of the rows."""
-    R: Tensor = torch.linalg.qr(rows.T, mode="r").R
-    return R
+def _singular_values(matrix: Tensor) -> Tensor:
+    # Squares in float64 keep all that float32 has.
+    if matrix.dtype == torch.float32 and matrix.isfinite().all():
+        return gram_spectrum(matrix).to(matrix.device)
+    found: Tensor = torch.linalg.svdvals(matrix)
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ from fullrank.spectra.gradient_hooks import (
     chosen_layers,
     parts_of,
 )
+from fullrank.spectra.parallel import each
 from fullrank.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from torch import nn
 
 _IGNORED = -100
+# Rows from which a thread for each matrix pays on the CPU.
+_LONG = 128
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,15 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), shifted.flatten(), ignore_index=_IGNORED)
 
 
+class _Job(NamedTuple):
+    """Output gradients ``D`` of an example, and where the singular values go."""
+
+    values: dict[str, Tensor]
+    part: str
+    factor: Factor
+    D: Tensor
+
+
 class _Sinks:
     """Turns what the hooks catch into singular values at once, and lets it go."""
 
@@ -194,9 +206,19 @@ class _Sinks:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         factors = self._factors(x, wide)
         rows = self._split(gradient.to(wide))
-        for values, factor, D in zip(self._values, factors, rows, strict=True):
-            for part, where in self._parts[name].items():
-                values[part] = factor.values(D[:, where], self._method)
+        jobs = [
+            _Job(values, part, factor, D[:, where])
+            for values, factor, D in zip(self._values, factors, rows, strict=True)
+            for part, where in self._parts[name].items()
+        ]
+
+        def singular_values(job: _Job) -> Tensor:
+            return job.factor.values(job.D, self._method)
+
+        threads = x.device.type == "cpu" and len(rows[0]) >= _LONG
+        found = each(singular_values, jobs) if threads else ((j, singular_values(j)) for j in jobs)
+        for job, values in found:
+            job.values[job.part] = values
 
     def _factors(self, x: Tensor, dtype: torch.dtype) -> list[Factor]:
         if self._last is None or self._last[0].data_ptr() != x.data_ptr():
