@@ -51,14 +51,3 @@ def orthonormalised(columns: Tensor) -> Tensor:
     """Q of a QR factorisation: as many columns as there were, orthonormal whatever their rank."""
     Q: Tensor = torch.linalg.qr(columns)[0]
     return Q
-
-
-def thin_product(A: Tensor, B: Tensor) -> Tensor:
-    """``A @ B`` for a B of few columns, in float32 or float64.
-
-    On the CPU through numpy, whose BLAS took a third to a tenth of the time of torch's for 4 to
-    64 columns.
-    """
-    if A.device.type == "cpu":
-        return torch.from_numpy(A.numpy() @ B.numpy())
-    return A @ B

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fullrank.linalg.bases import orthonormalised, thin_product
+from fullrank.linalg.bases import orthonormalised
+from fullrank.linalg.blas import thin_product
 from fullrank.linalg.checks import Seed, check_matrix, gaussian, working
 
 # A Ritz pair is taken for a singular pair when the sine of its angle to one is at most this: its

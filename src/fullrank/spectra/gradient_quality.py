@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fullrank.core.errors import InputError
-from fullrank.core.files import atomic_write
 from fullrank.core.names import model_fingerprint
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.table import Cell, Table
 from fullrank.spectra.gradient_comparison import Comparison
 from fullrank.spectra.gradient_examples import Example, Tokens, examples_of, padded, tokens_of
 from fullrank.spectra.gradient_hooks import Method, Modules
+from fullrank.spectra.gradient_score_file import ScoreFile
 from fullrank.spectra.gradient_spectrum import example_gradients
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class GradientQuality:
         given = {example.id: example.given for example in examples}
         batches = list(self._batches(tokens))
         identity = self._identity(tokens, length)
-        file = None if out is None else _File(Path(out), identity, batches)
+        file = None if out is None else ScoreFile(Path(out), identity, batches)
         done = {} if file is None else file.rows
         with progress_bar("score", len(tokens), show, "examples") as advance:
             for batch in batches:
@@ -365,38 +365,3 @@ def _values(gradient: Any) -> dict[str, Any]:
         "nuclear": {name: s.nuclear_norm for name, s in gradient.spectra.items()},
         "erank": ranks,
     }
-
-
-class _File:
-    """Scores as JSON lines: whose they are, then one line an example, batch by batch.
-
-    Of a batch that was cut off nothing is kept: another batch would round in another way.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, Any], batches: list[list[str]]) -> None:
-        self.path = path
-        self.rows: dict[str, Any] = {}
-        kept = [json.dumps(identity)]
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            if lines[0] != kept[0]:
-                raise InputError(
-                    f"{path} holds scores of another model, data or settings; give a new file"
-                )
-            whole = iter(lines[1:-1])  # what follows the last line break was cut off
-            for batch in batches:
-                part = [line for _, line in zip(batch, whole, strict=False)]
-                if len(part) < len(batch):
-                    break
-                for line in part:
-                    values = json.loads(line)
-                    self.rows[values.pop("id")] = values
-                kept += part
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, ("\n".join(kept) + "\n").encode())
-
-    def append(self, rows: Mapping[str, Any]) -> None:
-        """Write a batch's lines."""
-        lines = "".join(json.dumps({"id": id_, **values}) + "\n" for id_, values in rows.items())
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(lines)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fullrank.linalg.blas import gram
 from fullrank.spectra.parallel import each
 
 # Between nodes in log s. Effective ranks then are off by 1e-5 of theirs or less, where one
@@ -82,13 +83,13 @@ def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     rows = rows - rows.mean(1, keepdim=True)
     if rows.dtype == torch.float32 and not _SMALLEST < float(rows.abs().max()) < 1 / _SMALLEST:
         rows = rows.double()
-    gram = _gram(rows)
-    scale = _largest(gram).double()
+    products = _gram(rows)
+    scale = _largest(products).double()
     scale = torch.where(scale > 0, scale, 1.0)[:, None]
     wide = rows.double()
     trace, alike = _traces(wide, sizes)
-    exact = partial(_gram, wide) if rows.dtype != wide.dtype else lambda: gram
-    determinants = _Determinants(gram, exact, scale, sizes)
+    exact = partial(_gram, wide) if rows.dtype != wide.dtype else lambda: products
+    determinants = _Determinants(products, exact, scale, sizes)
     total, weighted = _integrals(determinants, trace / scale, sizes - 1)
     total = total.clamp_min(1e-300)
     entropy = total.log() - weighted / (2 * total)
@@ -99,11 +100,10 @@ def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    if rows.device.type != "cpu" or len(rows) > 1 or rows.dtype == torch.float32:
+    # The symmetric product gains in float64 alone.
+    if len(rows) > 1 or rows.dtype == torch.float32:
         return rows @ rows.mT
-    # numpy's BLAS has the symmetric product, half the work.
-    array = rows[0].numpy()
-    return torch.from_numpy(array @ array.T)[None]
+    return gram(rows[0].T)[None]
 
 
 def _largest(gram: Tensor) -> Tensor:
