@@ -128,3 +128,18 @@ def test_padding_in_front_and_not_finite_changes_nothing():
     alone = rank_dynamics(hidden[:1, 10:], stride=30)
     for a, b in zip(found, alone, strict=True):
         torch.testing.assert_close(a[:1], b, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_do_not_matter_and_are_given_back():
+    hidden = walk(5, 200, 230).float()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = rank_dynamics(hidden, stride=20)
+        torch.set_num_threads(2)
+        shared = rank_dynamics(hidden, stride=20)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(alone, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
