@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from fullrank.compress.trp import TRP
 from fullrank.compress.welore import mark_trainable
 from fullrank.core.errors import InputError
 from fullrank.core.rank_rules import ParamRatio
+
+# Steps between two truncations: the paper's.
+_TRP_PERIOD = 20
 
 BASELINE = "pca-uniform"
 """What the others are compared with: feature PCA, the same share for every layer."""
@@ -115,10 +119,13 @@ def _tuned_pruned(bench: Workbench, small: nn.Module | None, share: float) -> nn
 
 
 def _trp(bench: Workbench, small: nn.Module | None, share: float) -> nn.Module:
-    """Train the dense model at the energy that has this size, then split it to the size."""
+    """Train the dense model towards the energy that has this size, then split it to the size."""
     model, layers = bench.copy(), bench.layers
     energy, _ = kept_at_most(share, energy_plans(model, layers))
-    trp = TRP(model, energy=energy, include=layers, skip_first=False)
+    # Every truncation keeps its share of what the one before has left, and there is one at the end.
+    truncations = math.ceil(bench.steps / _TRP_PERIOD) + 1
+    part = energy ** (1 / truncations)
+    trp = TRP(model, energy=part, period=_TRP_PERIOD, include=layers, skip_first=False)
 
     def loss(model: nn.Module, batch: object) -> Tensor:
         trp.before_forward()
