@@ -182,6 +182,11 @@ def test_rows_compare_with_the_original_and_the_baseline():
     text = found.markdown()
     assert "accuracy 0.7500 of the original (higher is better)" in text
     assert "no linear layer" in text
+    assert found.overview("tiny").rows == [
+        [BASELINE, "- / 0.5000"],
+        ["lord", "- / 0.7500"],
+        ["pela", "-"],
+    ]
     table = found.table("tiny")
     assert table.rows[0][table.columns.index("FLOPs")] == 0.5
     assert json.loads(json.dumps(found.to_json()))["rows"]["tiny"][1]["tuned"]["value"] == 0.75

@@ -140,12 +140,33 @@ class Comparison:
         )
         return table.only(*(columns or table.columns))
 
+    def overview(self, subject: str) -> Table:
+        """Return the quality of every method by size: in one shot, and fine-tuned."""
+        cells = {(row.method, row.share): row for row in self.rows[subject]}
+        shares = list(dict.fromkeys(share for _, share in cells))
+
+        def quality(method: str, share: float) -> str:
+            row = cells.get((method, share))
+            stages = (row.one_shot, row.tuned) if row else ()
+            found = [f"{stage.value:.4f}" if stage else "-" for stage in stages]
+            return " / ".join(found) if any(stages) else "-"
+
+        metric = self.originals[subject]["metric"]
+        return Table(
+            ["method", *(f"{share:.0%}" for share in shares)],
+            [
+                [method, *(quality(method, share) for share in shares)]
+                for method in dict.fromkeys(method for method, _ in cells)
+            ],
+            title=f"{subject}: {metric} in one shot / fine-tuned, by the share of the layers' "
+            "parameters that is kept",
+        )
+
     def markdown(self) -> str:
         """Return all tables, and what the columns mean."""
         lines = []
         for subject in self.rows:
-            table = self.table(subject)
-            lines += [f"{table.title}.", "", table.markdown(), ""]
+            lines += [self.overview(subject).markdown(), "", self.table(subject).markdown(), ""]
         return "\n".join([*lines, _NOTES])
 
     def to_json(self) -> dict[str, Any]:
