@@ -102,9 +102,9 @@ def row(seed: int, method: str, trained: TrainedPolicy, seconds: float) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--warmup", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--warmup", type=int, default=800)
     chosen = parser.parse_args()
     rows, related = [], []
     with tempfile.TemporaryDirectory() as temporary:
