@@ -44,6 +44,7 @@ class Tiny(Subject):
 
     metric = "accuracy"
     grid = 1
+    lr = 1e-3
 
     def __init__(self, *_):
         torch.manual_seed(0)

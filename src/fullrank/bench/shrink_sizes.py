@@ -27,6 +27,9 @@ class ShrinkSize:
         Of the language model over bytes, and the steps of its training.
     batch, steps
         Examples of a step, and steps of fine-tuning; the same for all methods.
+    lr, encoder_lr
+        Peak learning rate of fine-tuning: of the network and the language model (a tenth and a
+        third of their training's, whose end a higher one undoes), of the encoder.
     rounds
         Timings of a forward pass, of which the fastest counts.
     shares
@@ -50,6 +53,8 @@ class ShrinkSize:
     batch: int
     steps: int
     rounds: int
+    lr: float = 3e-4
+    encoder_lr: float = 1e-4
     shares: tuple[float, ...] = SHARES
 
     def settings(self) -> dict[str, Any]:

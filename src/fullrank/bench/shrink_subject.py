@@ -41,7 +41,7 @@ class Subject(ABC):
     metric: str
     lower_is_better = False
     grid = 8
-    lr = 1e-3
+    lr: float
     clusters: Sequence[Hashable] | None = None
     original: nn.Module
     layers: tuple[str, ...]

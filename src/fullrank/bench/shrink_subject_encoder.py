@@ -27,13 +27,13 @@ class EncoderSubject(Subject):
     """The embedded encoder, ranking documents of a collection for its queries."""
 
     metric = "nDCG@10"
-    lr = 1e-4
 
     def __init__(self, collection: str, size: ShrinkSize) -> None:
         from fullrank import datasets
         from fullrank.core.models import DEFAULT_ENCODER, load_sentence_transformer
         from fullrank.retrieval import RankingMetric
 
+        self.lr = size.encoder_lr
         data = getattr(datasets, collection)()
         part = data.split("test") if data.parts else data
         corpus, self._compared, texts = _divided(data, part, size)

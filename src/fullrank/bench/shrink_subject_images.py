@@ -29,7 +29,7 @@ class ImageSubject(Subject):
 
     def __init__(self, size: ShrinkSize, folder: Path) -> None:
         self._data = read_cifar10(size.images, size.test_images)
-        self._batch = size.batch
+        self._batch, self.lr = size.batch, size.lr
         torch.manual_seed(0)
         self.original = residual_net(size.channels)
         path = folder / "cifar10.safetensors"

@@ -57,7 +57,7 @@ class LMSubject(Subject):
         self.original = trained.model
         self.layers = tuple(factorisable(self.original))
         found = LMData.of(texts, read_tokenizer(BYTES), size.context + 1, 2 * size.dev_bytes)
-        self._train, self._batch = found.train, size.batch
+        self._train, self._batch, self.lr = found.train, size.batch, size.lr
         whole = [
             block["input_ids"] for block in found.dev if len(block["input_ids"]) > size.context
         ]
