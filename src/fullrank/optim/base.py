@@ -210,7 +210,8 @@ class SubspaceOptimizer(FullrankOptimizer):
         """Refresh what is due, and step matrices of a kind together."""
         # What a group says may have changed since the last step.
         self._parts.clear()
-        members = [self._member(entry) for entry in entries]
+        # A chunk goes by its first member: one without elements cannot speak for the others.
+        members = [self._member(entry) for entry in entries if entry.param.numel()]
         for age, chunk in chunks(members, self._device_knows):
             self._advance(chunk, age, verdict)
         self._writer.trim()

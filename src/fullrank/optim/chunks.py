@@ -40,7 +40,8 @@ def chunks(
         slot, age = member.slot, None
         if not device_knows(slot.param):
             age = 1.0 if member.restarts else known_age(member.state)
-        kind = id(slot.group), slot.moments_dtype, type(slot.subspace), age
+        rewrites = slot.reparam is not None
+        kind = id(slot.group), slot.moments_dtype, type(slot.subspace), rewrites, age
         return kind, member.weight.device
 
     for key, chunk in batches(members, alike, lambda member: member.slot.small_size):
