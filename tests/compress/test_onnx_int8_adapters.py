@@ -86,6 +86,22 @@ def test_dense_layers_may_be_left_in_float32():
 
 
 @needs_kernels
+def test_models_that_look_at_a_layers_weight_take_int8():
+    """T5 asks for its layers' dtype before it calls them."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(transformers.T5Config(vocab_size=50, **sizes)).eval()
+    factorize(model, make_plan(model, FractionOfBreakEven(0.5)))
+    ids, small = torch.arange(2, 18).reshape(2, 8), quantize_int8(model)
+    wanted, found = model(ids)[0], small(ids)[0]
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+    pairs = [m for m in small.modules() if type(m).__name__ == "LinearPair"]
+    merged = pairs[0].weight()
+    assert merged.shape == (pairs[0].out_features, pairs[0].in_features)
+
+
+@needs_kernels
 def test_int8_refuses_what_it_cannot_do():
     with pytest.raises(InputError, match="no linear layer"):
         quantize_int8(nn.Sequential(nn.Conv2d(1, 1, 1)))

@@ -47,6 +47,17 @@ class LinearPair(nn.Module):
         y: Tensor = self.second(self.first(x))
         return y
 
+    def weight(self) -> Tensor:
+        """The matrix multiplied out: a method, as of PyTorch's quantised layers.
+
+        Models that look at a layer's weight before they call it tell quantised layers by that.
+        """
+        first, second = (
+            layer.weight() if callable(layer.weight) else layer.weight
+            for layer in (self.first, self.second)
+        )
+        return second.dequantize() @ first.dequantize()
+
 
 def quantize_int8(model: nn.Module, *, dense: bool = True) -> nn.Module:
     """Return a copy for CPUs with 8-bit weights in its linear layers, factorised ones included.
