@@ -14,6 +14,7 @@ from fullrank.compress import (
     factorize,
     layer_spectra,
     load,
+    make_plan,
     mark_trainable,
     save,
     solve_for_reduction,
@@ -226,12 +227,26 @@ def test_spectra_serve_many_plans():
         welore_plan(net((1.0,)), WeLoreConfig(theta=0.1), spectra)
 
 
-def test_an_orthogonal_matrix_stays_dense():
-    model = net()
-    model["1_proj"].weight.data = torch.linalg.qr(torch.randn(16, 16)).Q
-    plan = welore_plan(model, WeLoreConfig(theta=0.9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 64, 768])
+def test_an_orthogonal_matrix_stays_dense(width, dtype):
+    model = net(width=width)
+    torch.manual_seed(0)
+    nn.init.orthogonal_(model["1_proj"].weight)
+    plan = welore_plan(model.to(dtype), WeLoreConfig(theta=0.9))
     assert plan["1_proj"].rank is None
-    assert plan["1_proj"].options["kept"] == 16
+    assert plan["1_proj"].options["kept"] == width
+    # The rule itself sees it too, as make_plan asks it.
+    assert make_plan(model, NormalisedThreshold(0.9))["1_proj"].rank is None
+    assert plan["0_proj"].rank is not None
+
+
+def test_spectra_flatter_than_half_precision_shows_are_still_cut():
+    model = nn.ModuleDict({"a_proj": nn.Linear(64, 64)})
+    U, V = (torch.linalg.qr(torch.randn(64, 64)).Q for _ in "UV")
+    model["a_proj"].weight.data = U @ torch.diag(torch.linspace(1, 0.95, 64)) @ V
+    for dtype in (torch.float32, torch.bfloat16):
+        assert welore_plan(model.to(dtype), WeLoreConfig(theta=0.9))["a_proj"].rank is not None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

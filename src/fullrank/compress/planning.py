@@ -77,7 +77,8 @@ def _of_weight(name: str, found: Matricised) -> LayerSpectrum:
         raise InputError(f"{name}: the weight holds NaN or infinite values")
     each = [gram_spectrum(matrix) for matrix in found.matrix.reshape(-1, *found.shape)]
     values = torch.stack(each).square().sum(0).sqrt().cpu().numpy()
-    return LayerSpectrum(values, found.shape, found.stack)
+    eps = torch.finfo(found.matrix.dtype).eps
+    return LayerSpectrum(values, found.shape, found.stack, eps)
 
 
 def make_plan(

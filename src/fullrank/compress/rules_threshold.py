@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,12 +15,15 @@ from fullrank.core.rank_rules import LayerSpectrum
 Vector = npt.NDArray[np.float64]
 
 
-def normalised(spectrum: Vector) -> Vector | None:
+def normalised(seen: LayerSpectrum) -> Vector | None:
     """Singular values mapped to [0, 1] by the layer's own extremes; None where all are equal."""
-    values = np.asarray(spectrum, dtype=np.float64)
+    values = np.asarray(seen.values, dtype=np.float64)
     low, high = values.min(), values.max()
-    # Values that differ by rounding alone, as those of an orthogonal matrix do, say nothing.
-    if not high - low > 1e-6 * high:
+    # Values that differ by rounding alone, as those of an orthogonal matrix do, say nothing: that
+    # of the numbers the weight is kept in, and of the float32 in which it was once computed, which
+    # adds up over its rows.
+    rounding = 2 * (seen.eps + math.sqrt(max(seen.shape)) * 2.0**-23)
+    if not high - low > rounding * high:
         return None
     scaled: Vector = (values - low) / (high - low)
     return scaled
@@ -52,7 +56,14 @@ class NormalisedThreshold:
 
     def __call__(self, spectrum: Vector, m: int, n: int) -> int | None:
         """Rank of an (m, n) layer."""
-        z = normalised(spectrum)
+        return self._rank(LayerSpectrum(spectrum, (m, n)))
+
+    def ranks(self, spectra: Mapping[str, LayerSpectrum]) -> dict[str, int | None]:
+        """Rank of every layer, with an eye on the numbers its weight is kept in."""
+        return {name: self._rank(seen) for name, seen in spectra.items()}
+
+    def _rank(self, seen: LayerSpectrum) -> int | None:
+        z = normalised(seen)
         return None if z is None else int(np.count_nonzero(z >= self.theta))
 
 
@@ -63,11 +74,10 @@ def effective_reduction(spectra: Mapping[str, LayerSpectrum], theta: float) -> f
     >>> effective_reduction({"a": layer, "b": layer}, 0.2)
     0.5
     """
-    rule = NormalisedThreshold(theta)
+    ranks = NormalisedThreshold(theta).ranks(spectra)
     full = dropped = 0
-    for seen in spectra.values():
-        k = seen.stack * len(seen.values)
-        rank = rule(seen.values, *seen.shape)
+    for name, seen in spectra.items():
+        k, rank = seen.stack * len(seen.values), ranks[name]
         full += k
         dropped += 0 if rank is None else k - seen.stack * rank
     return dropped / full if full else 0.0
@@ -103,7 +113,7 @@ def solve_for_reduction(spectra: Mapping[str, LayerSpectrum], target: float) -> 
         raise InputError(f"the target reduction is {target}; it must lie in [0, 1)")
     if target == 0:
         return 0.0
-    scaled = [(normalised(s.values), s.stack) for s in spectra.values()]
+    scaled = [(normalised(s), s.stack) for s in spectra.values()]
     z = np.concatenate([v for v, _ in scaled if v is not None] or [np.zeros(0)])
     weights = np.concatenate(
         [np.full(len(v), float(stack)) for v, stack in scaled if v is not None] or [np.zeros(0)]

@@ -260,14 +260,14 @@ def _plan(
     spectra: Mapping[str, LayerSpectrum],
     theta: float,
 ) -> RankPlan:
-    rule = NormalisedThreshold(theta)
+    ranks = NormalisedThreshold(theta).ranks(spectra)
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     entries: dict[str, PlanEntry] = {}
     for name, seen in spectra.items():
         if name not in modules:
             raise InputError(f"the spectra are of another model: this one has no {name!r}")
         k = len(seen.values)
-        kept = rule(seen.values, *seen.shape) or k
+        kept = ranks[name] or k
         lrc = (k - kept) / k > config.lrc_ratio
         reason = f"{k - kept} of {k} directions below theta {theta:.4g}"
         scheme = matricise(modules[name]).scheme

@@ -22,12 +22,14 @@ class LayerSpectrum(NamedTuple):
     """What a rule may look at: descending singular values of an ``(out, in)`` matrix.
 
     Of a stack of so many matrices of that shape (a convolution's groups or filters), which get
-    one rank, each value is the root of the sum of squares over the stack.
+    one rank, each value is the root of the sum of squares over the stack. ``eps`` is the relative
+    spacing of the numbers the weight is kept in: float32's unless it is said.
     """
 
     values: Vector
     shape: tuple[int, int]
     stack: int = 1
+    eps: float = 2.0**-23
 
 
 @runtime_checkable
