@@ -91,6 +91,9 @@ def test_batch_norm_is_recalibrated_at_the_present_ranks():
     by_hand = norm.running_mean.clone()
     maestro.recalibrate_bn(data, forward=lambda m, batch: m(batch[0]))
     assert torch.equal(norm.running_mean, by_hand)
+    # A DataLoader gives lists.
+    maestro.recalibrate_bn([list(batch) for batch in data])
+    assert torch.equal(norm.running_mean, by_hand)
     with pytest.raises(InputError, match="empty"):
         maestro.recalibrate_bn([])
     with pytest.raises(InputError, match="no batch"):

@@ -314,7 +314,7 @@ class Maestro:
                     if forward is not None:
                         forward(self.model, batch)
                     else:
-                        call(self.model, batch[0] if isinstance(batch, tuple) else batch)
+                        call(self.model, batch[0] if isinstance(batch, (tuple, list)) else batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
