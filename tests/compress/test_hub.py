@@ -212,6 +212,19 @@ def test_dense_export_needs_no_fullrank_and_says_its_size(tmp_path):
         export_dense(model, tmp_path / "dense")
 
 
+def test_dense_export_of_conv1d_layers_keeps_their_orientation(tmp_path):
+    torch.manual_seed(0)
+    # c_proj of the attention is square: its transpose would load as well.
+    config = transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    factorize(model, make_plan(model, Fixed(6)), progress=False)
+    assert isinstance(model.transformer.h[0].attn.c_proj, LowRankLinear)
+    export_dense(model, tmp_path / "dense")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+    torch.testing.assert_close(dense(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_newer_and_foreign_folders_are_named(tmp_path):
     folder = save(shrunk(bert()), tmp_path / "small")
     config = json.loads((folder / "config.json").read_text())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fullrank.core.errors import InputError
+from fullrank.core.errors import InputError, require
 
 
 class LowRankLinear(nn.Module):
@@ -125,22 +126,28 @@ class LowRankLinear(nn.Module):
         return self.second @ self.first
 
     @torch.no_grad()
-    def to_dense(self) -> nn.Linear:
-        """Return the dense layer that computes the same up to rounding."""
-        dense = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.first.device,
-            dtype=self.first.dtype,
-        )
+    def to_dense(self) -> nn.Module:
+        """Return the dense layer, of the kind replaced, that computes the same up to rounding."""
+        dense = self._empty_dense()
         wide = torch.float64 if self.first.device.type != "mps" else torch.float32
-        dense.weight.copy_(self.second.to(wide) @ self.first.to(wide))
+        merged = self.second.to(wide) @ self.first.to(wide)
+        dense.weight.copy_(merged.T if self.transposed else merged)
         dense.requires_grad_(self.first.requires_grad)
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
-        return dense.train(self.training)
+        made: nn.Module = dense.train(self.training)
+        return made
+
+    def _empty_dense(self) -> Any:
+        device, dtype = self.first.device, self.first.dtype
+        if not self.transposed:
+            bias = self.bias is not None
+            return nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
+        # It always has a bias, of zeros at first.
+        conv1d = require("transformers.pytorch_utils", extra="hf").Conv1D
+        with device:
+            return conv1d(self.out_features, self.in_features).to(dtype)
 
     @torch.no_grad()
     def truncate(self, rank: int) -> None:
