@@ -74,6 +74,23 @@ def in_a_new_process(code, *arguments):
     return result.stdout
 
 
+def test_dense_modules_of_sentence_transformers_stay_dense(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model = sentence_model(tmp_path)
+    model.append(Dense(32, 32))
+    plan = make_plan(model, Fixed(6))
+    assert plan
+    assert not any(name.startswith("2.") for name in plan)
+    factorize(model, plan, progress=False)
+    loaded = SentenceTransformer(str(save(model, tmp_path / "small")), device="cpu")
+    assert (loaded.encode(["a b c"]) == model.encode(["a b c"])).all()
+    model[2].linear = LowRankLinear(32, 32, 4)
+    with pytest.raises(StoreError, match=r"2\.linear is outside"):
+        save(model, tmp_path / "other")
+
+
 LOAD_BOTH = """
 import sys
 import fullrank

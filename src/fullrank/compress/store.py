@@ -22,6 +22,7 @@ from fullrank.compress.layers_record import (
     stands_for,
 )
 from fullrank.compress.report import sizes
+from fullrank.compress.targets import unloadable
 from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
@@ -44,7 +45,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises
     ------
     StoreError
-        When ``folder`` exists and is not empty.
+        When ``folder`` exists and is not empty, or what would be in it could not be loaded again.
     """
     target = _new_folder(folder)
     part = target.with_name(f".{target.name}.part")
@@ -142,6 +143,13 @@ def _write(model: nn.Module, folder: Path) -> None:
     if writer is None:
         _write_plain(model, folder)
         return
+    lost = unloadable(model)
+    for name, layer in factorised(model):
+        if id(layer.first) in lost:
+            raise StoreError(
+                f"{name} is outside the transformers model, where SentenceTransformer loads dense "
+                "layers only; leave it out of the plan, or use export_dense"
+            )
     # The card of a SentenceTransformer names a temporary folder and says nothing we need.
     options = {"create_model_card": False} if is_sentence_transformer(model) else {}
     with quiet_transformers():

@@ -9,6 +9,7 @@ from torch import nn
 
 from fullrank.compress.matrices import is_conv1d
 from fullrank.compress.matrices_conv import CONVOLUTIONS
+from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
 
@@ -40,7 +41,8 @@ def factorisable(
     include, exclude
         Shell patterns over canonical names. Without ``include`` every ``nn.Linear``, ``Conv1D``
         and convolution counts except the output head of a language model. A layer whose weight
-        another module holds too is never among them.
+        another module holds too is never among them, nor is one of a SentenceTransformer that is
+        in none of its transformers models (a ``Dense`` module's): it could not be loaded again.
     convolutions
         Whether ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` count.
 
@@ -54,7 +56,7 @@ def factorisable(
     >>> list(factorisable(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), exclude="2"))
     ['0']
     """
-    layers, seen = {}, set()
+    layers, seen = {}, unloadable(model)
     for name, module in model.named_modules():
         if is_linear(module) or (convolutions and is_convolution(module)):
             if id(module.weight) not in seen:
@@ -82,6 +84,22 @@ def factorisable(
         and module is not head
         and id(module.weight) not in shared
     }
+
+
+def unloadable(model: nn.Module) -> set[int]:
+    """Identities of weights that a SentenceTransformer's own loader takes only as they are.
+
+    The modules around its transformers models are built dense, from their classes' settings.
+    """
+    if not is_sentence_transformer(model):
+        return set()
+    loadable = {
+        id(parameter)
+        for module in model.modules()
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+        for parameter in module.parameters()
+    }
+    return {id(parameter) for parameter in model.parameters()} - loadable
 
 
 def is_linear(module: nn.Module) -> bool:
