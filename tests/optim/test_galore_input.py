@@ -1,7 +1,9 @@
 """What GaLore refuses, and what it warns of."""
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from stepping import parameter, random_grads, run
@@ -59,6 +61,15 @@ def test_bad_arguments_raise(options, message):
 def test_bad_adafactor_arguments_raise(options, message):
     with pytest.raises(InputError, match=message):
         GaLoreAdafactor([parameter(6, 8)], **options)
+
+
+def test_numbers_of_numpy_are_taken_and_saved_as_pythons():
+    options = {"lr": np.float64(0.01), "rank": [np.int64(2)], "generator": np.int64(3)}
+    optimizer = GaLoreAdamW([parameter(6, 8)], **options)
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True)["param_groups"][0]["rank"] == [2]
 
 
 def test_vectors_in_a_rank_group_warn_and_are_stepped():

@@ -91,6 +91,15 @@ def test_raise_names_the_parameter_and_changes_nothing():
     unchanged(model, before)
 
 
+def test_parameters_that_are_not_the_models_have_a_name_too():
+    model, other = net(), torch.nn.Embedding(4, 3, sparse=True)
+    groups = [{"params": model.parameters()}, {"params": other.parameters()}]
+    optimizer = MKOR(model, torch.optim.SGD(groups, lr=0.1))
+    other(torch.tensor([1])).sum().backward()
+    with pytest.raises(InputError, match=r"parameter 0 of group 1 .*sparse"):
+        optimizer.step()
+
+
 def test_zero_gradients_stay_zero():
     model = net()
     optimizer = MKOR(model, SGD, inv_freq=1)

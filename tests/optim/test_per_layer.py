@@ -80,9 +80,35 @@ def test_schedulers_see_every_step():
         assert torch.equal(old, param)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_that_are_cut_short_or_leave_parameters_out(kind):
+    """Passes as (whether the first layer is used, whether a step follows)."""
+    passes = [(1, 0), (0, 1), (0, 0), (1, 1), (1, 1), (1, 0), (1, 1)]
+    found = []
+    for per_layer in (False, True):
+        model, optimizer = build(kind)
+        if per_layer:
+            step_per_layer(optimizer, accumulation_steps=2)
+        for i, (all_, steps) in enumerate(passes):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
+            out = model(x) if all_ else model[2](torch.cat([x, x[:, :4]], 1))
+            out.square().mean().backward()
+            if steps:
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append((list(model.parameters()), optimizer.state.values()))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(state["step"] == 4 for state in found[1][1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"max_grad_norm": 1.0}, "limiter"), ({"accumulation_steps": 0}, "accumulation_steps=0")],
+    [
+        ({"max_grad_norm": 1.0}, "limiter"),
+        ({"accumulation_steps": 0}, "accumulation_steps=0"),
+        ({"accumulation_steps": 2.5}, "accumulation_steps=2.5"),
+    ],
 )
 def test_what_it_refuses(options, message):
     _, optimizer = build("galore")

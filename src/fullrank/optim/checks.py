@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,27 @@ Check = Callable[[str, Any], None]
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python's or of NumPy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """Numbers as Python's own: of a saved state, ``torch.load`` reads no others by default.
+
+    >>> import numpy
+    >>> plain([numpy.int64(2), None])
+    [2, None]
+    """
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(plain(each) for each in value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def at_least(least: float) -> Check:
@@ -45,7 +66,7 @@ def positive(name: str, value: Any) -> None:
 
 def whole(name: str, value: Any) -> None:
     """A whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise InputError(f"{name}={value!r}; it must be a whole number >= 1")
 
 
@@ -91,7 +112,7 @@ def truth(name: str, value: Any) -> None:
 def rank(name: str, value: Any) -> None:
     """None, a whole number >= 1, or a list of these with one entry a parameter."""
     for each in value if isinstance(value, list | tuple) else [value]:
-        if each is not None and (not isinstance(each, int) or isinstance(each, bool) or each < 1):
+        if each is not None and (not is_whole(each) or each < 1):
             raise InputError(
                 f"{name}={each!r}; it must be a whole number >= 1, or None for no projection"
             )
@@ -105,7 +126,7 @@ def fraction(name: str, value: Any) -> None:
 
 def integer(name: str, value: Any) -> None:
     """Any whole number."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise InputError(f"{name}={value!r}; it must be a whole number")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
-from fullrank.optim.checks import Check, check_group, one_of
+from fullrank.optim.checks import Check, check_group, one_of, plain
 from fullrank.optim.gradients import NonFinite, Verdict, check_dense, host_decides, judge, norms
 from fullrank.optim.resume import restored
 from fullrank.optim.sharded import is_sharded, local, zeros
@@ -98,7 +98,7 @@ class FullrankOptimizer(Optimizer):
         one_of("skip", "raise", "ignore")("nonfinite", arguments["nonfinite"])
         self.nonfinite: NonFinite = arguments["nonfinite"]
         self._places: dict[Tensor, tuple[int, int]] = {}
-        defaults = {name: arguments[name] for name in self.checks}
+        defaults = {name: plain(arguments[name]) for name in self.checks}
         check_group(defaults, self.checks)
         super().__init__(params, defaults)
 
@@ -144,7 +144,7 @@ class FullrankOptimizer(Optimizer):
         InputError
             On a value that the group cannot have, or a complex or integer parameter.
         """
-        group = dict(param_group)
+        group = {n: plain(v) if n in self.checks else v for n, v in param_group.items()}
         if not isinstance(group["params"], Tensor | set):
             group["params"] = list(group["params"])
         check_group({**self.defaults, **group}, self.checks)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fullrank.core.errors import InputError
 from fullrank.linalg.checks import Seed, check_matrix, double, working
 from fullrank.linalg.svd import randomized_svd
+from fullrank.optim import checks as valid
 from fullrank.optim.foundation import Spec
 from fullrank.optim.subspace import MomentPolicy
 
@@ -99,8 +100,7 @@ def check_mask(shape: Sequence[int], rank: int, lra_rank: int) -> None:
             "without rank, or reshape it to (out, rest)"
         )
     for name, value in (("rank", rank), ("lra_rank", lra_rank)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}={value!r}; it must be a whole number >= 1")
+        valid.whole(name, value)
     if lra_rank > min(shape):
         raise InputError(
             f"lra_rank={lra_rank} for a weight {tuple(shape)}; it can be {min(shape)} at most"

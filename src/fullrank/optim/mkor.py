@@ -174,7 +174,7 @@ class MKOR(Optimizer):
         self.process_group = process_group
         self.settings = settings
         self.layers = find_layers(model, exclude, self.settings)
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(p): repr(name) for name, p in model.named_parameters()}
         self._hooks = Hooks()
         self._hooks.attach(self.layers, self._due)
 
@@ -297,8 +297,14 @@ class MKOR(Optimizer):
         return loss
 
     def _name(self, param: Tensor) -> str:
-        name = self._names.get(id(param))
-        return f"parameter {name!r} of shape {tuple(param.shape)}"
+        # The inner optimizer may have more than the model's.
+        places = {
+            id(each): f"{i} of group {g}"
+            for g, group in enumerate(self.param_groups)
+            for i, each in enumerate(group["params"])
+        }
+        where = {**places, **self._names}[id(param)]
+        return f"parameter {where} of shape {tuple(param.shape)}"
 
     def _refresh(self, skip: dict[torch.device, Tensor]) -> None:
         everything: list[tuple[Layer, Tensor, Tensor, Tensor | None]] = []

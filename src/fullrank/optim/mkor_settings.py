@@ -60,7 +60,7 @@ def check_schedule(inv_freq: Any, warmup_steps: Any, nonfinite: Any) -> None:
     """Raise :class:`InputError` on a schedule that is none."""
     valid.whole("inv_freq", inv_freq)
     valid.one_of(*get_args(NonFinite))("nonfinite", nonfinite)
-    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
+    if not valid.is_whole(warmup_steps) or warmup_steps < 0:
         raise InputError(f"warmup_steps={warmup_steps!r}; it must be a whole number >= 0")
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.optim import checks as valid
 from fullrank.optim.foundation import FullrankOptimizer
 from fullrank.optim.sharded import is_sharded
 
@@ -16,7 +17,11 @@ class PerLayer:
     """Hooks that step each parameter as soon as its gradient is complete, and free the gradient.
 
     With them the gradients of a model are never all in memory at once. ``optimizer.step()`` may
-    still be called, as a training loop does: it finds no gradients. Learning rates are read at the
+    still be called, as a training loop does: it finds no gradients, or those that wait for more
+    passes. It steps these and starts a new count, so that a loop which calls it takes the same
+    steps as without hooks, also where it ends an epoch early, or where some passes leave
+    parameters out. A loop that never calls it steps each parameter by every
+    ``accumulation_steps``-th of the parameter's own gradients. Learning rates are read at the
     moment of each parameter's step, so that schedulers work as usual.
 
     A gradient that is not finite leaves out its own parameter's step alone.
@@ -26,7 +31,7 @@ class PerLayer:
     optimizer
         Any of the package's whose parameters can be stepped apart.
     accumulation_steps
-        Backward passes that make up one step: 1. Gradients then add up until the last of them.
+        Backward passes that make up one step: 1. Gradients add up until the last of them.
     max_grad_norm
         Must be None: the norm of all gradients is not known before the last one, when the others
         have been used.
@@ -61,8 +66,7 @@ class PerLayer:
                 f"{type(optimizer).__name__} cannot step a parameter without the others; "
                 "call step() after the backward pass"
             )
-        if accumulation_steps < 1:
-            raise InputError(f"accumulation_steps={accumulation_steps}; it must be at least 1")
+        valid.whole("accumulation_steps", accumulation_steps)
         if max_grad_norm is not None:
             raise InputError(
                 f"max_grad_norm={max_grad_norm}: with a step for each layer the norm of all "
@@ -79,17 +83,28 @@ class PerLayer:
             )
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
-        self._seen: dict[Tensor, int] = {}
+        self._waiting: dict[Tensor, int] = {}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._on_gradient)
             for p in params
             if p.requires_grad
         ]
+        self._hooks.append(optimizer.register_step_pre_hook(self._close))
 
     def _on_gradient(self, param: Tensor) -> None:
-        seen = self._seen.get(param, 0) + 1
-        self._seen[param] = seen % self.accumulation_steps
-        if seen == self.accumulation_steps and param.grad is not None:
+        seen = self._waiting.pop(param, 0) + 1
+        if seen < self.accumulation_steps:
+            self._waiting[param] = seen
+        else:
+            self._step(param)
+
+    def _close(self, *_: object) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for param in waiting:
+            self._step(param)
+
+    def _step(self, param: Tensor) -> None:
+        if param.grad is not None:
             self.optimizer.step_parameter(param)
             param.grad = None
 

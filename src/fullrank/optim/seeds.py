@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fullrank.core.errors import InputError
+from fullrank.optim.checks import is_whole
 
 _MASK = (1 << 64) - 1
 
@@ -23,9 +24,9 @@ def seed_of(source: torch.Generator | int | None) -> int:
         return int(torch.randint(1 << 62, (), generator=source, device=source.device).item())
     if source is None:
         return 0
-    if isinstance(source, bool) or not isinstance(source, int):
+    if not is_whole(source):
         raise InputError(f"generator={source!r}; it is a torch.Generator, a seed, or None")
-    return source
+    return int(source)
 
 
 def mixed(*parts: int) -> int:
