@@ -111,6 +111,48 @@ def test_gradients_are_those_of_the_whole_model_even_with_frozen_weights(model):
     )
 
 
+class Laid(TokenModel):
+    """The same, on tokens laid out in another way."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, input_ids, attention_mask):
+        h = self.embed(input_ids)
+        there = h.flatten(0, 1) if self.layout == "flat" else h.transpose(0, 1)
+        out = self.down(torch.tanh(self.up(there)))
+        h = out.view_as(h) if self.layout == "flat" else out.transpose(0, 1)
+        w = attention_mask[..., None].to(h)
+        return self.pool((h * w).sum(1) / w.sum(1))
+
+
+@pytest.mark.parametrize("layout", ["flat", "length first"])
+def test_tokens_may_be_laid_out_in_any_way(model, layout):
+    other = Laid(layout).double()
+    other.load_state_dict(model.state_dict())
+    # As many sequences as tokens: only the other batch tells which is which.
+    data = [batch([3, 5, 2, 1, 4], 5), batch([4, 2], 6, seed=1)]
+    a, b = (collect(m, data, gradients=True) for m in (model, other))
+    for name in a:
+        assert a[name].count == b[name].count
+        torch.testing.assert_close(a[name].moments.second, b[name].moments.second)
+        for part in ("sequence_mean", "sequence_gradient", "gradient"):
+            first, second = (getattr(s[name].reaction, part) for s in (a, b))
+            assert first.count == second.count
+            torch.testing.assert_close(first.second, second.second)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_before_what_works_in_place(frozen):
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=i), nn.Linear(8, 3)) for i in (0, 1)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    data = [torch.randn(50, 5)]
+    a, b = (collect(net.requires_grad_(not frozen), data, gradients=True) for net in nets)
+    torch.testing.assert_close(a["0"].reaction.gradient.second, b["0"].reaction.gradient.second)
+
+
 def test_merge_save_and_load(model, tmp_path):
     data = [batch([4, 6, 3], 6, seed=s) for s in range(4)]
     # Without gradients nothing is drawn at random, and the parts add up to the whole.
@@ -129,6 +171,8 @@ def test_merge_save_and_load(model, tmp_path):
     assert torch.equal(
         loaded["up"].reaction.sequence_mean.second, rich["up"].reaction.sequence_mean.second
     )
+    with pytest.raises(InputError, match="from a file"):
+        loaded.observe(model, data, progress=False)
     with pytest.raises(InputError, match="cannot be merged"):
         whole.merge(CalibrationStats(factorisable(model), side="input"))
 

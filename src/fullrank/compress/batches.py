@@ -120,6 +120,65 @@ def attention_mask(batch: Batch) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
+def unambiguous_first(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Put a batch of as many sequences as tokens a sequence after one that is not, if there is one.
+
+    :class:`TokenLayout` tells from that one which of a layer's dimensions is which.
+    """
+    held: list[Batch] | None = []
+    for batch in batches:
+        mask = attention_mask(batch)
+        if held is not None and mask is not None and _is_square(mask):
+            held.append(batch)
+            continue
+        yield batch
+        if held is not None and mask is not None:
+            yield from held
+            held = None
+    yield from held or ()
+
+
+class TokenLayout:
+    """How each layer sees the tokens of a batch, as far as what it saw so far tells.
+
+    Examples
+    --------
+    >>> layout, mask = TokenLayout(), torch.ones(2, 5)
+    >>> [layout.by_token("fc", x, mask)[0].shape for x in (torch.ones(10, 3), torch.ones(5, 2, 3))]
+    [torch.Size([2, 5, 3]), torch.Size([2, 5, 3])]
+    """
+
+    def __init__(self) -> None:
+        self._length_first: set[str] = set()
+
+    def by_token(
+        self, name: str, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a layer saw in the mask's order, and the mask.
+
+        Parameters
+        ----------
+        name
+            Of the layer.
+        value
+            ``(..., d)``; one that is not of one vector a token comes back as it is, with no mask.
+        mask
+            ``(batch, length)``, if there is one.
+        """
+        places = value.shape[:-1]
+        if mask is None or places.numel() != mask.numel():
+            return value, None
+        if places == mask.shape[::-1] and not _is_square(mask):
+            self._length_first.add(name)
+        if len(places) == 2 and name in self._length_first:
+            return value.transpose(0, 1), mask
+        return value.reshape(*mask.shape, value.shape[-1]), mask
+
+
+def _is_square(mask: Tensor) -> bool:
+    return mask.shape[0] == mask.shape[1] > 1
+
+
 class Output(NamedTuple):
     """What a model is used for, one row a sample or token, and whether rows are logits."""
 

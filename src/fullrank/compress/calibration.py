@@ -13,7 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from fullrank.compress.batches import Batches, attention_mask, output_of, probe
+from fullrank.compress.batches import (
+    Batches,
+    TokenLayout,
+    attention_mask,
+    output_of,
+    probe,
+    unambiguous_first,
+)
 from fullrank.compress.matrices import matricise
 from fullrank.compress.matrices_conv import CONVOLUTIONS
 from fullrank.core.batches import call
@@ -103,7 +110,9 @@ class CalibrationStats(Mapping[str, LayerStats]):
     """Streaming moments of what goes into, or comes out of, chosen layers.
 
     Statistics are summed in float64 and do not depend on how the data was cut into batches.
-    Padding never counts where a batch has an attention mask.
+    Padding never counts where a batch has an attention mask, whether a layer sees tokens as
+    ``(batch, length)``, ``(length, batch)`` or one after another. (Where the two are equal in all
+    batches, ``(batch, length)`` is assumed.)
 
     Parameters
     ----------
@@ -135,6 +144,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
             raise InputError(f"side={side!r}; it is 'input', 'output' or 'auto'")
         self._modules = dict(modules)
         self._gradients = gradients
+        self._layout = TokenLayout()
         self._stats: dict[str, LayerStats] = {}
         for name, module in self._modules.items():
             found = matricise(module)
@@ -174,15 +184,26 @@ class CalibrationStats(Mapping[str, LayerStats]):
         mask
             Called at each layer; returns the current batch's ``(batch, length)`` attention
             mask, or None when every position counts.
+
+        Raises
+        ------
+        InputError
+            When these statistics are from a file, which knows of no modules.
         """
+        if unknown := [name for name in self if name not in self._modules]:
+            raise InputError(
+                f"these statistics are from a file, and not tied to a model's layers ({unknown[0]},"
+                " ...); make new ones for the model, and merge these into them"
+            )
 
         def add(name: str, value: Tensor) -> None:
             stats = self._stats[name]
             x = self._narrow(name, value) if stats.side == "output" else value
+            x, real = self._layout.by_token(name, x, mask())
             try:
-                stats.moments.update(x, _fitting(mask(), x))
+                stats.moments.update(x, real)
                 if stats.reaction is not None:
-                    total, length = _over_sequences(x, mask())
+                    total, length = _over_sequences(x, real)
                     stats.reaction.sequence_mean.update(total / length)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
@@ -227,7 +248,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
             self.watch(lambda: current[0]),
             progress_bar("calibrate", batches.total, progress, "batches") as advance,
         ):
-            for batch in batches:
+            for batch in unambiguous_first(batches):
                 current[0] = attention_mask(batch)
                 if self._gradients:
                     self._with_gradients(model, batch, current[0], generator)
@@ -245,12 +266,14 @@ class CalibrationStats(Mapping[str, LayerStats]):
     ) -> None:
         taps: list[tuple[str, Tensor]] = []
 
-        def tap(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+        def tap(name: str) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
                 # With frozen weights nothing upstream asks for a gradient: start one here.
                 if not output.requires_grad:
                     output.requires_grad_()
                 taps.append((name, output))
+                # What follows may work in place, and then the tap would be of its result.
+                return output.clone()
 
             return hook
 
@@ -270,8 +293,9 @@ class CalibrationStats(Mapping[str, LayerStats]):
             gradient = _channels_last(self._modules[name], gradient)
             if stats.side == "input":
                 gradient = gradient @ matricise(self._modules[name]).matrix
-            stats.reaction.gradient.update(gradient, _fitting(mask, gradient))
-            total, _ = _over_sequences(gradient, mask)
+            gradient, real = self._layout.by_token(name, gradient, mask)
+            stats.reaction.gradient.update(gradient, real)
+            total, _ = _over_sequences(gradient, real)
             stats.reaction.sequence_gradient.update(total)
 
     # -- sharing, saving ---------------------------------------------------------------------
@@ -352,19 +376,10 @@ def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
     return output.movedim(-1 - len(module.kernel_size), -1)
 
 
-def _fitting(mask: Tensor | None, value: Tensor) -> Tensor | None:
-    """Return the mask if the value has one vector a token; None if it has one a sequence."""
-    if mask is None or value.shape[:-1].numel() != mask.numel():
-        return None
-    return mask
-
-
 def _over_sequences(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum over each sequence's real tokens, ``(batch, d)``, and their number ``(batch, 1)``."""
-    width = value.shape[-1]
-    if mask is not None and value.shape[:-1].numel() == mask.numel():
+    if mask is not None:
         weights = mask.to(device=value.device, dtype=value.dtype)
-        rows = value.reshape(*mask.shape, width)
-        return (weights[:, None] @ rows)[:, 0], weights.sum(1, keepdim=True).clamp_min(1)
-    rows = value.reshape(value.shape[0], -1, width)
+        return (weights[:, None] @ value)[:, 0], weights.sum(1, keepdim=True).clamp_min(1)
+    rows = value.reshape(value.shape[0], -1, value.shape[-1])
     return rows.sum(1), torch.full_like(rows[:, 0, :1], rows.shape[1])
