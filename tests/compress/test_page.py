@@ -15,6 +15,7 @@ from fullrank.compress import (
     write_page,
 )
 from fullrank.compress.layers_record import factorised
+from fullrank.spectra.heatmap import heatmap_svg
 
 
 def network(layers=6):
@@ -112,3 +113,9 @@ def test_in_a_browser_nothing_overflows_and_nothing_is_loaded(browser, page, wid
     assert complaints == []
     assert [r for r in requests if not r.startswith(("file:", "data:"))] == []
     view.close()
+
+
+def test_errors_that_are_no_numbers_do_not_stop_the_page():
+    svg = heatmap_svg({"layer.0.fc": float("nan"), "layer.1.fc": 0.5}, title="errors")
+    assert svg.count("<title>") == 2
+    assert "nan" in heatmap_svg({"fc": float("nan")}, title="errors")

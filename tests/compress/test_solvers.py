@@ -186,3 +186,21 @@ def test_bad_input_is_named():
         split(W, 2, "gauss_newton", stats=good)
     with pytest.raises(InputError, match="float matrix"):
         split(torch.zeros(4, 6, dtype=torch.int32), 2)
+
+
+@pytest.mark.parametrize("method", ["svd", "snmf", "random"])
+def test_a_weight_of_zero_has_no_error_that_is_no_number(method):
+    factors = split(torch.zeros(6, 5), 2, method)
+    assert factors.error == (pytest.approx(0.0) if method != "random" else factors.error)
+    assert np.isfinite(factors.error)
+    assert decompose(torch.zeros(6, 5)).truncate(2).error == 0
+
+
+def test_random_factors_have_the_variance_of_a_new_layer():
+    torch.manual_seed(0)
+    factors = split(torch.ones(200, 300), 50, "random")
+    assert factors.first.shape == (50, 300)
+    product = factors.second @ factors.first
+    assert product.var() == pytest.approx(1 / (3 * 300), rel=0.1)
+    shared = split(torch.ones(200, 300), 50, "random", "sqrt")
+    torch.testing.assert_close(shared.first.norm(dim=1), shared.second.norm(dim=0))

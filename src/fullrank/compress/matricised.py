@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class Matricised:
     matrix: Tensor
     fold: Callable[[Tensor], Tensor]
     scheme: str = "linear"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Let ``matrix, fold = matricise(layer)`` be written."""
+        return iter((self.matrix, self.fold))
 
     @property
     def shape(self) -> tuple[int, int]:

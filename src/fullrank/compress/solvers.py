@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fullrank.compress.calibration import LayerStats
+from fullrank.compress.layers import LowRankLinear
 from fullrank.compress.semi_nmf import semi_nmf
 from fullrank.core.errors import InputError
 from fullrank.linalg.gram_svd import gram_svd
 
-Method = Literal["svd", "output_pca", "gauss_newton", "snmf"]
+Method = Literal["svd", "output_pca", "gauss_newton", "snmf", "random"]
 Balance = Literal["sqrt", "first", "second", "orthonormal_second"]
 
 # Added to a covariance, relative to its mean variance, so that directions the calibration data
@@ -86,8 +87,7 @@ class Decomposition:
         W, stats = self.weight, self.stats
         left = self.left[:, :rank]
         if stats is None:
-            lost = W - left @ self.right[:rank]
-            return None, float(lost.square().sum() / W.square().sum())
+            return None, _relative_error(W, left @ self.right[:rank])
         # `lost` maps what the statistics are of (x, or W x) to the error of the output.
         if stats.side == "input":
             lost = W - left @ self.right[:rank]
@@ -99,6 +99,7 @@ class Decomposition:
         if not self.shifts_bias:
             error = error + mean.square().sum()
         scale = stats.output_covariance(W).diagonal().sum().to(W)
+        scale = scale.clamp_min(torch.finfo(W.dtype).tiny)
         return mean if self.shifts_bias else None, float((error / scale).clamp_min(0))
 
 
@@ -126,8 +127,8 @@ def decompose(
         On a weight that is empty, not finite or no matrix, on an unknown method, or when the
         statistics it needs are absent, of another shape, or of a constant.
     """
-    if method == "snmf":
-        raise InputError("components of 'snmf' have no order: use split, once for each rank")
+    if method in ("snmf", "random"):
+        raise InputError(f"components of {method!r} have no order: use split, once for each rank")
     _check(weight, method, stats)
     W = weight.detach().to(dtype=torch.float64)
     if method == "svd" or stats is None:
@@ -149,7 +150,8 @@ def split(
     ----------
     weight, method, stats
         See :func:`decompose`; or ``"snmf"``, :func:`~fullrank.compress.semi_nmf` of the
-        transposed weight, whose ``second`` holds no negative number.
+        transposed weight, whose ``second`` holds no negative number; or ``"random"``, new factors
+        that take only the weight's shape, as :class:`~fullrank.compress.LowRankLinear` draws them.
     rank
         Rank r in ``[1, min(m, n)]``.
     balance
@@ -169,6 +171,8 @@ def split(
         balance = default_balance(method)
     if method == "snmf":
         return _semi_nmf(weight, rank, balance)
+    if method == "random":
+        return _random(weight, rank, balance)
     if method == "svd" and stats is None:
         _check(weight, method, stats)
         return svd_factors(weight.double(), rank, balance)
@@ -194,13 +198,29 @@ def _semi_nmf(weight: Tensor, rank: int, balance: Balance) -> Factors:
     W = weight.detach().to(torch.float64)
     F, H = semi_nmf(W.T, rank)
     first, second = _balanced(F.T, H.T, balance)
-    lost = (W - second @ first).square().sum() / W.square().sum()
-    return Factors(first, second, None, float(lost))
+    return Factors(first, second, None, _relative_error(W, second @ first))
+
+
+def _random(weight: Tensor, rank: int, balance: Balance) -> Factors:
+    _check(weight, "random", None)
+    _check_rank(rank, weight)
+    W = weight.detach().to(torch.float64)
+    m, n = W.shape
+    # What a factorised layer starts from when it is trained from scratch.
+    drawn = LowRankLinear(n, m, rank, bias=False, device=W.device, dtype=W.dtype)
+    first, second = _balanced(drawn.first.detach(), drawn.second.detach(), balance)
+    return Factors(first, second, None, _relative_error(W, second @ first))
+
+
+def _relative_error(W: Tensor, product: Tensor) -> float:
+    # A weight of zero is met by factors of zero.
+    lost, size = (W - product).square().sum(), W.square().sum()
+    return float(lost / size.clamp_min(torch.finfo(W.dtype).tiny))
 
 
 def default_balance(method: str) -> Balance:
     """Balance a method uses unless told otherwise."""
-    return "orthonormal_second" if method in ("output_pca", "snmf") else "sqrt"
+    return "sqrt" if method in ("svd", "gauss_newton") else "orthonormal_second"
 
 
 def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
@@ -217,7 +237,7 @@ def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
                 f"the statistics are {stats.moments.width} wide on the {stats.side} side, the "
                 f"weight is {tuple(weight.shape)}: they are of another layer"
             )
-    if method in ("svd", "snmf"):
+    if method in ("svd", "snmf", "random"):
         return
     if stats is None:
         raise InputError(f"method {method!r} needs calibration data")

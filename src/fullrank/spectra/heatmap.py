@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 from fullrank.spectra.matrices import grid
 
@@ -17,6 +18,9 @@ _RAMP = (
     (156, 195, 90),
     (242, 214, 75),
 )
+
+# Of values that are not finite, which have no place on the ramp.
+_UNKNOWN = (150, 150, 150)
 
 _CELL_WIDTH, _CELL_HEIGHT = 46, 26
 _CHARACTER = 7.2  # width of one character of the labels, at their size
@@ -82,8 +86,9 @@ def heatmap_svg(
     layers = sorted({layer for cells in rows.values() for layer in cells})
     # What stands outside the layers (a position table, say) is often of another kind: it takes the
     # nearest colour rather than the contrast from the others.
-    ranged = [values[name] for cells in rows.values() for name in cells.values()]
-    low, high = span or (min(ranged or values.values()), max(ranged or values.values()))
+    ranged = _finite(values[name] for cells in rows.values() for name in cells.values())
+    ranged = ranged or _finite(values.values()) or [0.0]
+    low, high = span or (min(ranged), max(ranged))
     width_of_range = (high - low) or 1.0
     say = describe or (lambda name: f"{name}: {show(values[name])}")
     left = 16 + (_CHARACTER * max(len(label) for label in [*rows, "layer"]) if rows else 0)
@@ -92,7 +97,8 @@ def heatmap_svg(
     width = left + max(_CELL_WIDTH * max(len(layers), 5), beside) + 8
 
     def cell(name: str, x: float, y: float) -> str:
-        rgb = colour((values[name] - low) / width_of_range)
+        share = (values[name] - low) / width_of_range
+        rgb = colour(share) if math.isfinite(share) else _UNKNOWN
         opening, closing = "<g>", "</g>"
         if link is not None:
             opening, closing = f'<a href="{html.escape(link(name))}">', "</a>"
@@ -133,6 +139,10 @@ def heatmap_svg(
         f'font-family="system-ui, sans-serif" aria-label="{html.escape(title)}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _columns(cells: Mapping[int, str], layers: list[int]) -> list[tuple[int, int]]:
