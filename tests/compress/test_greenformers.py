@@ -287,3 +287,15 @@ def test_all_of_it_is_trained(method):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, old) for p, old in zip(small.parameters(), before, strict=True))
+
+
+def test_numpys_numbers_are_ranks():
+    model = nn.Sequential(nn.Linear(64, 64))
+    for rank, plain in ((np.int64(4), 4), (np.float32(0.5), 0.5)):
+        assert greenformers_plan(model, rank) == greenformers_plan(model, plain)
+
+
+def test_a_matrix_and_its_way_back_unpack():
+    conv = nn.Conv2d(3, 8, 5)
+    matrix, fold = matricise(conv)
+    assert torch.equal(fold(matrix), conv.weight)

@@ -32,6 +32,7 @@ def test_ranks_by_kind_and_by_budget():
     ("arguments", "message"),
     [
         ({}, "either ranks= or budget="),
+        ({"ranks": {}}, "empty ranks="),
         ({"ranks": {"*": 2}, "budget": 0.5}, "either ranks= or budget="),
         ({"budget": 1.5}, "budget 1.5"),
         ({"budget": 0.5, "method": "pca"}, "method 'pca'"),
@@ -73,3 +74,15 @@ def test_output_pca_beats_svd_on_the_embedded_encoder():
 
     for share in (0.45, 0.35, 0.25):
         assert cosine(share, "output_pca") > cosine(share, "svd") + 0.1
+
+
+def test_data_that_can_be_gone_through_once_serves_a_sequence_of_layers():
+    data = [torch.randn(400, 16) for _ in range(2)]
+    made = []
+    for given in (data, iter(data)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        config = LoRDConfig(ranks={"*": 4}, sequential=True)
+        made.append(lord_compress(model, given, config, progress=False)[0])
+    for one, other in zip(*(m.parameters() for m in made), strict=True):
+        assert torch.equal(one, other)

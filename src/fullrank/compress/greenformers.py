@@ -14,6 +14,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
@@ -169,18 +170,19 @@ def _limit(module: nn.Module, official_conv_rank: bool) -> _Limit:
 
 def _rank_within(rank: Rank, limit: int, groups: int) -> tuple[int | None, str]:
     """Rank of each group, or None, and the reason."""
-    whole = rank if isinstance(rank, int) else int(limit * rank)
+    whole = int(rank if isinstance(rank, Integral) else limit * rank)
     # Each group has as many of the channels between the two convolutions.
     each = -(-whole // groups)
-    reason = f"rank {rank:g}" if isinstance(rank, int) else f"{rank:g} of rank {limit}"
+    reason = f"rank {rank:g}" if isinstance(rank, Integral) else f"{rank:g} of rank {limit}"
     if each * groups >= limit and whole:
         return None, f"{reason}: {each * groups} {_SAVES_NOTHING}"
     return each or None, reason
 
 
 def _check(rank: Rank) -> None:
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    share = isinstance(rank, float) and 0 < rank < 1
+    # NumPy's numbers are welcome; a bool is none.
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool) and rank >= 1
+    share = isinstance(rank, Real) and not isinstance(rank, Integral) and 0 < rank < 1
     if not (whole or share):
         raise InputError(
             f"rank {rank!r}; a float between 0 and 1 (a share of the break-even rank) or an "

@@ -8,7 +8,7 @@ maps of that rank they have the least squared error there. Nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class LoRDConfig:
     def __post_init__(self) -> None:
         if (self.ranks is None) == (self.budget is None):
             raise InputError("LoRDConfig takes either ranks= or budget=")
+        if self.ranks is not None and not self.ranks:
+            raise InputError("LoRDConfig got an empty ranks=, which leaves every layer dense")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise InputError(f"budget {self.budget}; it is a share in (0, 1]")
         if self.method not in ("output_pca", "svd"):
@@ -118,9 +120,11 @@ def lord_compress(
     >>> table.rows[0][:2]
     ['0', 4]
     """
+    # Statistics for the plan, then once more for every layer.
+    passes = list(data) if config.sequential and isinstance(data, Iterator) else data
     batches = Batches(
         model,
-        data,
+        passes,
         batch_size=config.batch_size,
         max_length=config.max_length,
         tokenizer=tokenizer,
