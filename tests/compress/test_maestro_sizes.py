@@ -236,3 +236,35 @@ def test_a_broken_weight_is_named_before_anything_changes():
     with pytest.raises(InputError, match="2: the weight holds NaN"):
         Maestro(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_the_models_own_state_has_the_ranks():
+    def made():
+        torch.manual_seed(0)
+        return Maestro(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)))
+
+    maestro, x = made(), torch.randn(3, 16)
+    maestro.set_ranks({"0": 2})
+    state, wanted = maestro.model.state_dict(), maestro.model(x)
+    again = made()
+    again.model.load_state_dict(state)
+    assert torch.equal(again.model(x), wanted)
+    assert again.plan() == maestro.plan()
+    again.set_ranks()
+    assert again.layers["0"].used_rank == 16
+    # States from before the ranks were in them load too.
+    old = {name: value for name, value in state.items() if not name.endswith("active")}
+    again.set_ranks({"0": 3})
+    again.model.load_state_dict(old)
+    assert again.layers["0"].used_rank == 3
+
+
+def test_what_a_cut_loses_is_reported():
+    torch.manual_seed(0)
+    maestro = Maestro(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8)))
+    whole = [layer.merged_weight().double() for layer in maestro.layers.values()]
+    maestro.set_ranks({"0": 3, "2": 2})
+    small = maestro.export()
+    for layer, weight in zip((small[0], small[2]), whole, strict=True):
+        lost = (weight - layer.merged_weight()).square().sum() / weight.square().sum()
+        assert layer.error == pytest.approx(float(lost), rel=1e-4)

@@ -243,7 +243,7 @@ class Maestro:
         else:
             chosen = {name: self._checked_rank(name, r) for name, r in (ranks or {}).items()}
         for name, layer in self.layers.items():
-            layer.active_rank = chosen.get(name)
+            layer.activate(chosen.get(name))
         return self.plan()
 
     def _checked_rank(self, name: str, rank: int | None) -> int:
@@ -350,7 +350,7 @@ class Maestro:
     def state_dict(self) -> dict[str, Any]:
         """Where sampling stands and which ranks are set: plain integers.
 
-        Which components are left is in the model's own state.
+        Which components are left, and the ranks too, are in the model's own state.
         """
         active = {name: layer.active_rank for name, layer in self.layers.items()}
         return {"sampler": self._sampler.state_dict(), "active": active}
@@ -365,4 +365,4 @@ class Maestro:
         """
         self._sampler.load_state_dict(state["sampler"])
         for name, layer in self.layers.items():
-            layer.active_rank = state["active"][name]
+            layer.activate(state["active"][name])

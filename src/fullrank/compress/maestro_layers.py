@@ -32,6 +32,8 @@ class Ordered(nn.Module):
         parameters, where the optimizer holds them, and get no gradient from the data.
     active_rank : int or None
         Run on the first so many of the kept components; None on all of them.
+    active : Tensor
+        What :meth:`activate` has made of it, a buffer, so that a state has it: -1 for None.
     """
 
     first: nn.Parameter
@@ -40,15 +42,22 @@ class Ordered(nn.Module):
     method: str
     scheme: str
     kept: Tensor
+    active: Tensor
     active_rank: int | None = None
-    # What `kept` says, where it can be read without waiting for a device.
+    # What `kept` says, where it can be read without waiting for a device (as `active_rank` is).
     _count: int
     _index: Tensor | None
 
     def order_components(self) -> None:
         """Keep every component; call once the factors are there."""
         self.register_buffer("kept", torch.empty(0, dtype=torch.bool))
+        self.register_buffer("active", torch.tensor(-1, device=self.first.device))
         self.keep(torch.ones(len(self.first), dtype=torch.bool, device=self.first.device))
+
+    def activate(self, rank: int | None) -> None:
+        """Run on the first so many components from now on, also where this state is loaded."""
+        self.active_rank = rank
+        self.active.fill_(-1 if rank is None else rank)
 
     def keep(self, mask: Tensor) -> None:
         """Hide all components but these; they need not be a prefix."""
@@ -105,6 +114,17 @@ class Ordered(nn.Module):
         first, second = self._kept()
         return _norms(first, True) * _norms(second.transpose(0, 1), True)
 
+    @torch.no_grad()
+    def cut_error(self) -> float:
+        """Relative squared error of the weight in use, against that of all that is left."""
+        # Apple's GPUs have no float64.
+        first, second = (factor.to("cpu", torch.float64) for factor in self._kept())
+        rows, columns = first.flatten(1), second.transpose(0, 1).flatten(1)
+        # Gram matrices are small where the weight may not be.
+        gram = (rows @ rows.T) * (columns @ columns.T)
+        whole, lost = gram.sum(), gram[self.used_rank :, self.used_rank :].sum()
+        return float((lost / whole.clamp_min(1e-300)).clamp(0, 1))
+
     def truncate(self, rank: int) -> None:
         """Refuse: what is kept and what the optimizer holds belong together."""
         raise InputError(
@@ -143,8 +163,12 @@ class Ordered(nn.Module):
             self.first.data = self.first.data[: len(first)].clone()
             self.second.data = self.second.data[:, : len(first)].clone()
             self.kept = self.kept[: len(first)].clone()
+        # States from before there was this buffer say nothing of it.
+        state_dict.setdefault(prefix + "active", self.active)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_mask()
+        active = int(self.active)
+        self.active_rank = None if active < 0 else active
 
 
 class OrderedLinear(Ordered, LowRankLinear):
@@ -352,4 +376,5 @@ def _plain_layer(layer: Ordered) -> LowRankLinear | LowRankConv:
     if plain.bias is not None and layer.bias is not None:
         plain.bias.copy_(layer.bias)
     plain.method = layer.method
+    plain.error = layer.cut_error()
     return plain.requires_grad_(layer.first.requires_grad).train(layer.training)
