@@ -57,6 +57,21 @@ def test_density_1_is_adamw(subspace):
     torch.testing.assert_close(W, V, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("subspace", SPACES)
+@pytest.mark.parametrize("stateful", ["adamw", "sgdm"])
+def test_density_1_starts_over_every_period(subspace, stateful):
+    W, V = (nn.Parameter(torch.ones(6, 8, dtype=torch.float64)) for _ in range(2))
+    options = {"lr": 0.01, "density": 1.0, "stateful": stateful}
+    ours = FrugalAdamW(divided(W), subspace=subspace, update_gap=3, **options)
+    for t in range(8):
+        if t % 3 == 0:
+            new = FrugalAdamW(divided(V), **options)
+        G = torch.randn(6, 8, dtype=torch.float64)
+        step(ours, [W], [G])
+        step(new, [V], [G])
+    torch.testing.assert_close(W, V, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("stateful", ["lion", "sgdm"])
 def test_other_rules_on_the_whole_weight(stateful):
     W, V = (nn.Parameter(torch.ones(6, 8, dtype=torch.float64)) for _ in range(2))
@@ -197,6 +212,38 @@ def test_a_block_without_gradient_keeps_to_the_groups_clock():
         step(optimizer, params, grads)
     kept = ["exp_avg" in optimizer.state[p] for p in params]
     assert kept == [True, False]
+
+
+@pytest.mark.parametrize("without_clock", [False, True])
+def test_the_groups_clock_never_goes_back_and_is_saved(without_clock):
+    """Of two tensors the second joins late; the first then misses a step."""
+
+    def make():
+        params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+        groups = [{"params": params, "is_proj_params": True}]
+        return params, FrugalAdamW(groups, density=0.5, update_gap=4, block_order="ascending")
+
+    params, optimizer = make()
+    kept, G = [], torch.ones(4, 4)
+    for t in range(7):
+        step(optimizer, params, [G if t != 5 else None, G if t > 3 else None])
+        kept.append(["exp_avg" in optimizer.state[p] for p in params])
+        if t == 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+            if without_clock:
+                del saved["param_groups"][0]["clock"]
+            params, optimizer = make()
+            optimizer.load_state_dict(saved)
+    assert kept == [[True, False]] * 4 + [[False, True]] * 3
+    assert optimizer.state[params[1]]["step"] - optimizer.state[params[1]]["unseen"] == 3
+
+
+def test_the_groups_clock_counts_every_step_of_any_tensor():
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizer = FrugalAdamW([{"params": params, "is_proj_params": True}], density=0.5, update_gap=4)
+    for t in range(6):
+        step(optimizer, params, [torch.ones(4, 4) if t % 2 == i else None for i in range(2)])
+    assert ["exp_avg" in optimizer.state[p] for p in params] == [True, False]
 
 
 # -- memory, precision, skips ----------------------------------------------------------------

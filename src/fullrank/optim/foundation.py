@@ -42,6 +42,8 @@ class Entry:
         Whether the gradient is finite and not all zero; only looked at where ``due``.
     norms
         What :meth:`FullrankOptimizer.norms` worked out of the gradient beside its norm.
+    alone
+        Whether it is stepped without the others, in the backward pass.
     """
 
     param: Tensor
@@ -52,6 +54,7 @@ class Entry:
     due: bool = False
     usable: bool = True
     norms: Tensor | None = None
+    alone: bool = False
 
 
 def own_part(entry: Entry) -> Entry:
@@ -122,6 +125,10 @@ class FullrankOptimizer(Optimizer):
     def due(self, entry: Entry) -> bool:
         """Whether something is about to be fitted to this gradient; the counters are not up yet."""
         return False
+
+    def count(self, entries: list[Entry]) -> None:
+        """Count a step, which may yet be skipped."""
+        torch._foreach_add_([entry.state["step"] for entry in entries], 1.0)
 
     def norms(self, entries: Sequence[Entry]) -> Sequence[Tensor]:
         """Return the Euclidean norm of each gradient, each finite exactly when that is."""
@@ -307,7 +314,9 @@ class FullrankOptimizer(Optimizer):
     def step_parameter(self, param: Tensor) -> None:
         """Step one parameter alone, by its gradient; see :func:`step_per_layer`."""
         g, i = self.place_of(param)
-        self._take([self._entry(g, i, param)])
+        entry = self._entry(g, i, param)
+        entry.alone = True
+        self._take([entry])
 
     def _entries(self) -> Iterator[Entry]:
         for g, group in enumerate(self.param_groups):
@@ -331,7 +340,7 @@ class FullrankOptimizer(Optimizer):
             lambda i: self._name(*entries[i].place),
             lambda _: self.norms(entries),
         )
-        torch._foreach_add_([e.state["step"] for e in entries], 1.0)
+        self.count(entries)
         if verdict.skip_all:
             torch._foreach_add_([e.state["unseen"] for e in entries], 1.0)
             return

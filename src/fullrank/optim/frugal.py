@@ -24,7 +24,7 @@ from fullrank.optim.outside import StateFree, StateFreeRule
 from fullrank.optim.projected import Gemm, Refresh, gemm_dtype
 from fullrank.optim.random_basis import RandomSubspace
 from fullrank.optim.subspace import ProjType, SVDSubspace, side_of
-from fullrank.optim.whole import Identity, Nothing
+from fullrank.optim.whole import Everything, Identity, Nothing
 
 Space = Literal["block", "columns", "rows", "randk", "svd", "random"]
 Stateful = Literal["adamw", "lion", "sgdm"]
@@ -58,7 +58,9 @@ class FrugalAdamW(SubspaceOptimizer):
     density
         Part of each weight, or of a group's tensors, that has state: 0.25. 0 keeps none.
     update_gap
-        Steps between two choices: 200 (500 for 7B and for GLUE).
+        Steps between two choices: 200 (500 for 7B and for GLUE). A matrix counts the steps that
+        brought it a gradient; blocks go by their group, which counts those that brought any of
+        its tensors one (in the backward pass: the tensor that has had most).
     state_free
         ``"sign_sgd"``, ``"sgd"``, or None for nothing outside.
     state_free_lr_scale
@@ -234,7 +236,7 @@ class FrugalAdamW(SubspaceOptimizer):
             total = {"columns": n, "rows": m, "randk": m * n}[side]
             count = share(total, group["density"]) if rank is None else min(rank, total)
             if count in (0, total):
-                return Identity() if count else Nothing()
+                return Everything() if count else Nothing()
             return Coordinates(count, side, shape)
         return self._directions(group, rank, shape)
 
@@ -244,7 +246,7 @@ class FrugalAdamW(SubspaceOptimizer):
         most = {"left": shape[0], "right": shape[1], "full": min(shape)}[side]
         count = round(most * group["density"]) if rank is None else rank
         if count == 0 or count >= most:
-            return Identity() if count else Nothing()
+            return Everything() if count else Nothing()
         gemm = gemm_dtype(group)
         if group["subspace"] == "random":
             return RandomSubspace(count, side, gemm=gemm)
@@ -289,26 +291,47 @@ class FrugalAdamW(SubspaceOptimizer):
 
     def due(self, entry: Entry) -> bool:
         """Whether a new part is chosen."""
+        gap = entry.group["update_gap"]
         if _in_blocks(entry.group):
-            period = 1 + int(entry.state["step"].item()) // entry.group["update_gap"]
+            period = 1 + (self._clock(entry) - 1) // gap
             return bool(abs(entry.state["block"].item()) != period)
+        if isinstance(self._slot(entry.param).subspace, Everything):
+            steps = int(entry.state["step"].item())
+            return bool(entry.group["reset"]) and steps > 0 and steps % gap == 0
         return super().due(entry)
+
+    def _clock(self, entry: Entry) -> int:
+        """What a group of blocks will have counted with this step."""
+        group, state = entry.group, self.state
+        # A state that was saved without it has the tensors' own counts.
+        clock: int = group.get("clock") or max(
+            (int(state[p]["step"].item()) for p in group["params"] if "step" in state.get(p, {})),
+            default=0,
+        )
+        # In the backward pass nobody says where a step ends but the tensors' own counts.
+        return max(clock, int(entry.state["step"].item()) + 1) if entry.alone else clock + 1
+
+    def count(self, entries: list[Entry]) -> None:
+        """Count a step of each parameter, and of each group of blocks."""
+        clocks = {e.place[0]: self._clock(e) for e in entries if _in_blocks(e.group)}
+        super().count(entries)
+        for number, clock in clocks.items():
+            self.param_groups[number]["clock"] = clock
 
     def advance(self, entries: list[Entry], verdict: Verdict) -> None:
         """Give the blocks their turn, then step."""
-        clocks: dict[int, int] = {}
-        for entry in entries:
-            if _in_blocks(entry.group):
-                steps = int(entry.state["step"].item())
-                clocks[entry.place[0]] = max(clocks.get(entry.place[0], 0), steps)
         turns = {}
-        for number, clock in clocks.items():
+        for number in {entry.place[0] for entry in entries if _in_blocks(entry.group)}:
             group = self.param_groups[number]
-            period = 1 + (clock - 1) // group["update_gap"]
+            period = 1 + (group["clock"] - 1) // group["update_gap"]
             turns[number] = period, self._turn(group, number, period)
         for entry in entries:
             if entry.place[0] in turns:
                 self._give_turn(entry, *turns[entry.place[0]])
+            elif entry.due and entry.usable:
+                slot = self._slot(entry.param)
+                if isinstance(slot.subspace, Everything):
+                    self.reset_moments(slot, entry.state)
         super().advance(entries, verdict)
 
     def _give_turn(self, entry: Entry, period: int, turn: frozenset[int]) -> None:

@@ -1,4 +1,4 @@
-"""The two subspaces that need no choice: the whole space, and nothing of it."""
+"""The subspaces that need no choice: the whole space, and nothing of it."""
 
 from __future__ import annotations
 
@@ -77,6 +77,10 @@ class Identity(_Fixed):
     def residual(self, grad: Tensor, small: Tensor, out: Tensor) -> Tensor:
         """Write zeros: nothing lies outside."""
         return out.zero_()
+
+
+class Everything(Identity):
+    """The whole space as what was chosen for a while: when that is over, moments start anew."""
 
 
 class Nothing(_Fixed):
