@@ -42,6 +42,40 @@ def test_two_models_and_texts(fullrank, folders, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["purpose"] == "factor"
 
 
+@pytest.fixture
+def language_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from fullrank.training.lm_data import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_a_plan_for_a_language_model_can_be_applied(fullrank, language_model, tmp_path):
+    plan, figures = tmp_path / "plan.json", tmp_path / "figures.json"
+    outcome = fullrank(
+        *("see", "model", language_model, "--energy", 0.5, "--plan", plan, "--json", figures)
+    )
+    assert outcome.code == 0, outcome
+    kinds = {m["name"]: m["kind"] for m in json.loads(figures.read_text())["matrices"]}
+    assert kinds["lm_head"] == "head"
+    assert kinds["model.layers.1.mlp.up_proj"] == "linear"
+    outcome = fullrank(
+        "shrink", language_model, "--plan", plan, "--any-speed", "--out", tmp_path / "x"
+    )
+    assert outcome.code == 0, outcome
+
+
 def test_options_that_do_not_fit(fullrank, folders):
     outcome = fullrank("see", "model", folders[0], "--rank", 4)
     assert outcome.code == 2

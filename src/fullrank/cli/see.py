@@ -131,11 +131,9 @@ def _shown(name: str) -> str:
 def _load(name: str) -> Any:
     # A shrunk model is read by what this package registers with transformers.
     import fullrank  # noqa: F401
-    from fullrank.core.errors import require
-    from fullrank.core.models import load_model
+    from fullrank.core.models import load_network
 
-    transformers = require("transformers", extra="hf")
-    return load_model(name, transformers.AutoModel.from_pretrained)
+    return load_network(name)
 
 
 def _activations(model: Any, name: str, data: str, samples: int) -> dict[str, Spectrum]:

