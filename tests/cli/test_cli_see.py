@@ -93,7 +93,10 @@ def test_a_run_is_watched_to_its_end(fullrank, tmp_path, monkeypatch):
 
     def sleep(seconds):
         looks.append(seconds)
+        if len(looks) == 1:
+            path.rename(tmp_path / "hidden")
         if len(looks) == 2:
+            (tmp_path / "hidden").rename(path)
             with path.open("a") as file:
                 file.write('\n{"kind": "log", "step": 3, "loss": 0.25}\n')
                 file.write('{"kind": "log", "step": 3, "train_runtime": 1.0}\n{"kind": "lo')

@@ -82,6 +82,18 @@ def test_unfinished_runs(tmp_path, history):
     assert "note" not in measures
 
 
+def test_a_checkpoint_that_is_being_written(tmp_path):
+    state = json.dumps({"log_history": [{"step": 5, "loss": 2.0}]})
+    for step, text in ((5, state), (8, state[:30]), (10, None)):
+        place = tmp_path / f"checkpoint-{step}"
+        place.mkdir()
+        if text is not None:
+            (place / "trainer_state.json").write_text(text)
+    log = read_run(tmp_path)
+    assert log.measures == {"loss": {5: 2.0}}
+    assert log.damaged == 1
+
+
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(InputError, match="no log of a training run"):
         read_run(tmp_path)

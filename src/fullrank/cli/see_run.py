@@ -36,9 +36,12 @@ def run(
 
     Example: fullrank see run out --watch --html run.html
     """
+    from contextlib import suppress
+
     from rich.console import Console
     from rich.live import Live
 
+    from fullrank.core.errors import InputError
     from fullrank.spectra.run_log import read_run
     from fullrank.spectra.run_log_page import write_page, write_tensorboard
 
@@ -53,7 +56,9 @@ def run(
                     time.sleep(every)
                 except KeyboardInterrupt:
                     break
-                log = read_run(folder)
+                # What can be read now may be less than there was: files are written and deleted.
+                with suppress(InputError):
+                    log = read_run(folder)
                 live.update(_shown(log), refresh=True)
     else:
         console.print(_shown(log))
@@ -70,5 +75,5 @@ def _shown(log: RunLog) -> Group:
     if log.ranks:
         parts.append(log.rank_table())
     if log.damaged:
-        parts.append(f"{log.damaged} damaged lines were left out")
+        parts.append(f"{log.damaged} damaged lines or files were left out")
     return Group(*parts)  # type: ignore[arg-type]

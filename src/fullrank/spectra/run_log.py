@@ -3,7 +3,7 @@
 Read are, in a run's folder: ``events.jsonl`` (from
 :class:`~fullrank.spectra.RunLogCallback`), ``log.jsonl`` and ``training.json`` (``fullrank
 train``), and of unfinished runs the newest checkpoint's ``progress.json`` or Hugging Face's
-``trainer_state.json``. A line that is cut off or damaged is left out and counted.
+``trainer_state.json`` that can be read. What is cut off or damaged is left out and counted.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def read_run(folder: str | Path) -> RunLog:
             _read_lines(log, folder / name)
     for path in _states(folder):
         found = True
-        _read_state(log, path)
+        if _read_state(log, path):
+            break
     if not found:
         raise InputError(
             f"{folder} holds no log of a training run: none of {', '.join((*_LINES, _RESULT))}, "
@@ -140,21 +141,21 @@ def read_run(folder: str | Path) -> RunLog:
 
 
 def _states(folder: Path) -> Iterator[Path]:
-    """Files with a whole history in them: the result, else that of the newest checkpoint."""
-    if (folder / _RESULT).is_file():
-        yield folder / _RESULT
-        return
+    """Files with a whole history in them, the longest first: the result, then the checkpoints'.
+
+    The newest may be in the middle of being written, or of being deleted.
+    """
     checkpoints = {
         int(match[1]): path
         for path in (*folder.glob("checkpoint-*"), *folder.glob("checkpoints/checkpoint-*"))
         if (match := _CHECKPOINT.fullmatch(path.name))
     }
-    places = [checkpoints[max(checkpoints)]] if checkpoints else []
-    for place in (*places, folder):
-        for name in ("progress.json", "trainer_state.json"):
-            if (place / name).is_file():
-                yield place / name
-                return
+    newest_first = [checkpoints[step] for step in sorted(checkpoints, reverse=True)]
+    names = ("progress.json", "trainer_state.json")
+    wanted = [folder / _RESULT, *(place / name for place in newest_first for name in names)]
+    for path in (*wanted, *(folder / name for name in names)):
+        if path.is_file():
+            yield path
 
 
 def _read_lines(log: RunLog, path: Path) -> None:
@@ -167,13 +168,14 @@ def _read_lines(log: RunLog, path: Path) -> None:
             log.damaged += bool(line.strip())
 
 
-def _read_state(log: RunLog, path: Path) -> None:
+def _read_state(log: RunLog, path: Path) -> bool:
+    """Take in a history; False, and counted as damaged, where it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if path.name == "trainer_state.json":
             for record in values["log_history"]:
                 _take(log, record)
-            return
+            return True
         history = values["history"]
         for record in history["steps"]:
             _take(log, record)
@@ -184,8 +186,10 @@ def _read_state(log: RunLog, path: Path) -> None:
         if history["metric"] != "metric" and "dev metric" in log.measures:
             points = log.measures.pop("dev metric")
             log.measures.setdefault(f"dev {history['metric']}", {}).update(points)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         log.damaged += 1
+        return False
+    return True
 
 
 def _take(log: RunLog, record: Mapping[str, Any], metric: str = "metric") -> None:

@@ -46,7 +46,9 @@ def _lead(log: RunLog) -> str:
         if name in ("loss", "RankMe") or name.startswith(("dev ", "eval", "reward")):
             values[f"{name}, last"] = f"{list(points.values())[-1]:.4g}"
     values["state"] = f"ended by {log.stopped}" if log.stopped else "no end in its log"
-    damaged = "" if not log.damaged else f"<p>{log.damaged} damaged lines were left out.</p>"
+    damaged = (
+        "" if not log.damaged else f"<p>{log.damaged} damaged lines or files were left out.</p>"
+    )
     return facts(dict(list(values.items())[:8])) + damaged
 
 
