@@ -9,6 +9,7 @@ import torch
 
 from fullrank.core.errors import InputError, StoreError
 from fullrank.datasets.texts import Texts
+from fullrank.optim import MKOR, MKORH
 from fullrank.training import LMTraining, optimizer_names, train_lm
 from fullrank.training.interrupt import Interrupt
 from fullrank.training.lm_data import Blocks, LMData, bits_per_byte, byte_tokenizer, encode
@@ -67,6 +68,16 @@ def stop_after_five_steps(monkeypatch):
         property(lambda self: next(asked), lambda self, value: None),
         raising=False,
     )
+
+
+def watched(method, look):
+    """A method that something looks at first."""
+
+    def wrapped(self, *args, **options):
+        look(self)
+        return method(self, *args, **options)
+
+    return wrapped
 
 
 def test_it_learns(texts):
@@ -162,12 +173,32 @@ def test_seeds_and_the_callers_randomness(texts):
     assert not same(state(first.model), state(other.model))
 
 
-def test_accumulation_is_the_same_step(texts):
-    plain = run_of(loop={"batch_size": 8, "precision": "float32", "steps": 3})
-    parts = run_of(loop={"batch_size": 4, "accumulation": 2, "precision": "float32", "steps": 3})
+@pytest.mark.parametrize("name", ["adamw", "mkor"])
+def test_accumulation_is_the_same_step(name, texts):
+    loop = {"precision": "float32", "steps": 3}
+    own = {"lr": 0.1, "options": {"inv_freq": 1}} if name == "mkor" else {}
+    plain = run_of(name, optimizer=own, loop={**loop, "batch_size": 8})
+    parts = run_of(name, optimizer=own, loop={**loop, "batch_size": 4, "accumulation": 2})
     one, two = (train_lm(run, texts=texts, progress=False) for run in (plain, parts))
     for name, tensor in state(one.model).items():
         torch.testing.assert_close(two.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_window_that_an_epoch_cuts_short_has_its_own_scale(texts, monkeypatch):
+    scales = []
+    monkeypatch.setattr(MKOR, "step", watched(MKOR.step, lambda o: scales.append(o.grad_scale)))
+    # An epoch has 13 passes of 9.
+    loop = {"batch_size": 9, "accumulation": 2, "steps": 8}
+    train_lm(run_of("mkor", loop=loop), texts=texts, progress=False)
+    assert scales == [0.5] * 6 + [1.0, 0.5]
+
+
+def test_the_loss_of_a_step_is_shown_once(texts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(MKORH, "observe", lambda self, loss: seen.append(float(loss)))
+    run = run_of("mkorh", loop={"batch_size": 4, "accumulation": 3, "steps": 5})
+    trained = train_lm(run, texts=texts, progress=False)
+    assert seen == pytest.approx([step.loss for step in trained.history.steps], rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -266,6 +297,7 @@ def test_settings_that_make_no_sense(changes, message):
         ("galore_adamw", {"optimizer": {"options": {"typo": 1}}}, "typo"),
         ("adamw", {"optimizer": {"options": {"typo": 1}}}, "typo"),
         ("lora_pro", {}, "LoRA"),
+        ("mkor", {"optimizer": {"options": {"grad_scale": 0.5}}}, "grad_scale"),
         ("adamw", {"data": {"context": 64}}, "takes 32 tokens"),
         ("adamw", {"data": {"source": "nowhere"}}, "no texts at"),
         ("adamw", {"model": {"config": {"model_type": "nothing"}}}, "no causal language model"),

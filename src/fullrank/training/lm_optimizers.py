@@ -191,6 +191,8 @@ def _mkor(kind: Any) -> Build:
     """MKOR before momentum SGD; the output head over a vocabulary is left out."""
 
     def build(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
+        if "grad_scale" in section.options:
+            raise InputError("optimizer.options.grad_scale: the loop tells what is on its loss")
         options = {"exclude": _heads(model), **section.options}
         momentum = options.pop("momentum", 0.9)
         inner = functools.partial(torch.optim.SGD, momentum=momentum)

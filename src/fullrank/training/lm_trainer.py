@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
+from fullrank.optim import MKOR, MKORH
 from fullrank.training.lm_config import LoopSection
 from fullrank.training.loop import TokenCount, WholeCheckpoints, quiet_arguments
 
@@ -57,6 +58,7 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         self, *, counted: TokenCount, autocast: torch.dtype | None, **arguments: Any
     ) -> None:
         self._counted, self._autocast = counted, autocast
+        self._loss: Any = 0.0
         super().__init__(**arguments)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -69,12 +71,19 @@ class LMTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         return prepared
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Count the tokens of a pass, and show the loss to optimizers that watch it."""
+        """Count the tokens of a pass, and tell optimizers of its loss that need to know."""
         self._counted.tokens += self.tokens_of(inputs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MKOR):
+            # An epoch may end with a step of fewer passes.
+            optimizer.grad_scale = 1.0 / self.current_gradient_accumulation_steps
         loss = super().training_step(model, inputs, num_items_in_batch)
-        observe = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "observe", None)
-        if observe is not None:
-            observe(loss)
+        if isinstance(optimizer, MKORH):
+            # Each pass has its share of the step's loss.
+            self._loss = self._loss + loss
+            if self.accelerator.sync_gradients:
+                optimizer.observe(self._loss)
+                self._loss = 0.0
         return loss
 
     def tokens_of(self, inputs: Any) -> int:
