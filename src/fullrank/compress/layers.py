@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fullrank.compress.layers_weight import product_weight
 from fullrank.core.errors import InputError, require
 
 
@@ -109,10 +110,18 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight these factors stand for; multiplied out at every access.
+        """The dense weight these factors stand for, multiplied out when it is computed with.
 
-        For code that asks a layer for its weight's dtype, shape or device.
+        Asking for its dtype, shape or device costs nothing, and writing to it is refused.
         """
+        shape = (self.out_features, self.in_features)
+        return product_weight(
+            self._oriented_weight,
+            shape[::-1] if self.transposed else shape,
+            (self.first, self.second),
+        )
+
+    def _oriented_weight(self) -> Tensor:
         merged = self.merged_weight()
         return merged.T if self.transposed else merged
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fullrank.compress.layers_weight import product_weight
 from fullrank.compress.matrices_conv import CONVOLUTIONS, matricise_conv
 from fullrank.core.errors import InputError
 
@@ -183,8 +184,8 @@ class LowRankConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight these factors stand for; multiplied out at every access."""
-        return self.merged_weight()
+        """The dense weight these factors stand for, as ``LowRankLinear.weight``."""
+        return product_weight(self.merged_weight, self.weight_shape, (self.first, self.second))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., C, *size)`` to ``(..., N, *size out)``."""
