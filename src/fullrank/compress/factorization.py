@@ -22,7 +22,7 @@ from fullrank.compress.solvers import Balance
 from fullrank.compress.targets import shared_weights
 from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError, PlanError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 from fullrank.core.plan import RankPlan
 from fullrank.core.progress import progress as progress_bar
 
@@ -209,8 +209,13 @@ def _warn_if_few(stats: CalibrationStats, targets: dict[str, nn.Module]) -> None
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Put new layers where modules of these canonical names are, everywhere they are used."""
-    by_name = {canonical_name(name): module for name, module in model.named_modules()}
+    by_name = dict(canonical_modules(model))
     substitute = {id(by_name[name]): layer for name, layer in new.items()}
+    if id(model) in substitute:
+        raise InputError(
+            f"the model is itself the {type(model).__name__} to replace, which cannot be done in "
+            "place; wrap it: nn.Sequential(layer)"
+        )
     for parent in list(model.modules()):
         # Not named_children(), which shows a module that one parent holds twice only once.
         for child, held in list(parent._modules.items()):

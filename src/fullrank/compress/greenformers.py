@@ -59,8 +59,9 @@ def greenformers(
         code, has a third of it); of the old layer only the bias is kept.
     include, exclude
         Shell patterns over canonical names. By default every linear layer, ``Conv1D`` and
-        convolution but a language model's output head. What is not one of these classes itself is
-        left alone: subclasses, quantised layers, ``nn.MultiheadAttention``.
+        convolution but a language model's output head. Left alone are quantised layers,
+        ``nn.MultiheadAttention``, and subclasses with a ``forward`` of their own, of which a
+        warning tells (see :func:`~fullrank.compress.factorisable`).
     inplace
         Change ``model`` itself; a copy by default.
     official_conv_rank

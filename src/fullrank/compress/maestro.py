@@ -28,7 +28,7 @@ from fullrank.compress.training_targets import training_targets
 from fullrank.core.batches import call
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
-from fullrank.core.names import canonical_name, model_fingerprint
+from fullrank.core.names import canonical_modules, model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import LayerSpectrum
 
@@ -337,8 +337,8 @@ class Maestro:
         """
         model = copy.deepcopy(self.model)
         found = {
-            canonical_name(name): deployed_layer(module, merge)
-            for name, module in model.named_modules()
+            name: deployed_layer(module, merge)
+            for name, module in canonical_modules(model)
             if isinstance(module, Ordered)
         }
         replace_modules(model, found)

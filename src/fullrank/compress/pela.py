@@ -18,9 +18,9 @@ from torch import nn
 from fullrank.compress.factorization import factorize
 from fullrank.compress.matrices import matricise
 from fullrank.compress.planning import entry_for
-from fullrank.compress.targets import Patterns, factorisable
+from fullrank.compress.targets import Patterns, all_layers, factorisable
 from fullrank.core.errors import InputError
-from fullrank.core.names import model_fingerprint, named_linears
+from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import ParamRatio
 
@@ -148,7 +148,7 @@ def pela_compress(
 
 def _present(model: nn.Module, patterns: Patterns) -> Sequence[str]:
     """Leave out those of the official patterns that this model has no layer for."""
-    names = [name for name, _ in named_linears(model)]
+    names = all_layers(model, convolutions=False)
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     return [
         pattern

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 Which = str | Sequence[int] | Sequence[str]
 
@@ -145,7 +145,7 @@ def _is_transformers_model(model: nn.Module) -> bool:
 
 
 def _named(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    names = {canonical_name(name): module for name, module in model.named_modules() if name}
+    names = {name: module for name, module in canonical_modules(model) if name}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(

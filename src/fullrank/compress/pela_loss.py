@@ -17,7 +17,7 @@ from fullrank.compress.matrices import matricise
 from fullrank.compress.pela_features import Features, State, Which
 from fullrank.core.batches import call
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 Form = Literal["hinge", "two_sided"]
 
@@ -250,7 +250,7 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[LowRankLinear, 
             "student and teacher share parameters; compress a copy (pela_compress does so unless "
             "inplace=True)"
         )
-    originals = {canonical_name(name): module for name, module in teacher.named_modules()}
+    originals = dict(canonical_modules(teacher))
     pairs = []
     for name, layer in factorised(student):
         if not isinstance(layer, LowRankLinear):

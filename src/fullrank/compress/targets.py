@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -11,9 +12,13 @@ from fullrank.compress.matrices import is_conv1d
 from fullrank.compress.matrices_conv import CONVOLUTIONS
 from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 Patterns = str | Sequence[str]
+
+_CALLED_BY_OTHERS = nn.modules.linear.NonDynamicallyQuantizableLinear
+# Subclasses of nn.Linear whose own forward is x W^T + b again.
+_LINEAR_BY_NAME = {"FalconLinear"}
 
 
 def shared_weights(model: nn.Module) -> set[int]:
@@ -43,6 +48,7 @@ def factorisable(
         and convolution counts except the output head of a language model. A layer whose weight
         another module holds too is never among them, nor is one of a SentenceTransformer that is
         in none of its transformers models (a ``Dense`` module's): it could not be loaded again.
+        What counts as linear says :func:`is_linear`.
     convolutions
         Whether ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` count.
 
@@ -51,17 +57,17 @@ def factorisable(
     InputError
         When a pattern matches nothing, or the model has no such layer.
 
+    Warns
+    -----
+    UserWarning
+        Of subclasses of ``nn.Linear`` that compute in a way of their own, and are left out.
+
     Examples
     --------
     >>> list(factorisable(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), exclude="2"))
     ['0']
     """
-    layers, seen = {}, unloadable(model)
-    for name, module in model.named_modules():
-        if is_linear(module) or (convolutions and is_convolution(module)):
-            if id(module.weight) not in seen:
-                layers[canonical_name(name)] = module
-            seen.add(id(module.weight))
+    layers = all_layers(model, convolutions=convolutions)
     kinds = "linear layer or convolution" if convolutions else "linear layer"
     if not layers:
         raise InputError(f"the model has no {kinds} to factorise")
@@ -86,6 +92,26 @@ def factorisable(
     }
 
 
+def all_layers(model: nn.Module, *, convolutions: bool = True) -> dict[str, nn.Module]:
+    """Every layer of a model that patterns may name, by canonical name, tied ones once."""
+    layers, seen, own = {}, unloadable(model), {}
+    for name, module in canonical_modules(model):
+        if is_linear(module) or (convolutions and is_convolution(module)):
+            if id(module.weight) not in seen:
+                layers[name] = module
+            seen.add(id(module.weight))
+        elif isinstance(module, nn.Linear) and not _forward_is_linear(module):
+            own[name] = type(module).__name__
+    if own:
+        first = next(iter(own))
+        warnings.warn(
+            f"{len(own)} layers are left out, e.g. {first}: a {own[first]} is an nn.Linear with a "
+            "forward of its own",
+            stacklevel=3,
+        )
+    return layers
+
+
 def unloadable(model: nn.Module) -> set[int]:
     """Identities of weights that a SentenceTransformer's own loader takes only as they are.
 
@@ -103,9 +129,26 @@ def unloadable(model: nn.Module) -> set[int]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this is ``nn.Linear`` itself or transformers' ``Conv1D``."""
-    # A subclass may use its weight in ways of its own (attention does, quantisation does).
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether this is transformers' ``Conv1D``, or an ``nn.Linear`` that is called as one.
+
+    Of its subclasses those that inherit ``forward``, or are known to compute the same: not
+    quantised layers, nor LoRA's. Left out are also the output projection of
+    ``nn.MultiheadAttention``, whose weight is used without a call, and layers whose weight is
+    made anew at every step (weight normalisation).
+    """
+    if is_conv1d(module):
+        return True
+    return (
+        isinstance(module, nn.Linear)
+        and not isinstance(module, (_CALLED_BY_OTHERS, nn.LazyLinear))
+        and _forward_is_linear(module)
+        and "weight" in module._parameters
+    )
+
+
+def _forward_is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__name__ in _LINEAR_BY_NAME
 
 
 def is_convolution(module: nn.Module) -> bool:

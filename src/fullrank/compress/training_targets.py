@@ -7,21 +7,15 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from fullrank.compress.matrices_conv import CONVOLUTIONS
-from fullrank.compress.targets import (
-    Patterns,
-    as_patterns,
-    is_linear,
-    output_head,
-    shared_weights,
-)
+from fullrank.compress import targets
+from fullrank.compress.targets import Patterns, as_patterns, output_head, shared_weights
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether this is a convolution in one group, not transposed."""
-    return type(module) in CONVOLUTIONS and getattr(module, "groups", 0) == 1
+    """Whether this is a convolution in one group, not transposed, with its own weight."""
+    return targets.is_convolution(module) and bool(module.groups == 1)
 
 
 def training_targets(
@@ -54,12 +48,12 @@ def training_targets(
     >>> list(training_targets(model)), list(training_targets(model, exclude="3"))
     (['0', '3'], ['0'])
     """
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = dict(canonical_modules(model))
     shared = shared_weights(model)
     layers = {
         name: module
-        for name, module in modules.items()
-        if (is_linear(module) or is_convolution(module)) and id(module.weight) not in shared
+        for name, module in targets.all_layers(model).items()
+        if (targets.is_linear(module) or is_convolution(module)) and id(module.weight) not in shared
     }
     wanted, unwanted = as_patterns(include), as_patterns(exclude)
     for pattern in [*wanted, *unwanted]:

@@ -26,7 +26,7 @@ from fullrank.compress.targets import Patterns, is_linear
 from fullrank.compress.training_targets import is_convolution, training_targets
 from fullrank.compress.trp_truncation import truncate
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name, model_fingerprint
+from fullrank.core.names import canonical_modules, model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import Energy, RankRule, Value
 
@@ -209,7 +209,7 @@ class TRP:
         """
         use: RankRule = Energy(self.energy) if rule is None else rule
         where = self.model if model is None else model
-        modules = {canonical_name(name): module for name, module in where.named_modules()}
+        modules = dict(canonical_modules(where))
         entries = {}
         for name in self.layers:
             if name not in modules:
@@ -246,7 +246,7 @@ class TRP:
         where = self.model if model is None else model
         plan = self.plan(rule, where)
         made = where if inplace else copy.deepcopy(where)
-        modules = {canonical_name(name): module for name, module in made.named_modules()}
+        modules = dict(canonical_modules(made))
         new = {
             name: build_layer(modules[name], entry)
             for name, entry in plan.items()

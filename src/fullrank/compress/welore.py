@@ -25,7 +25,7 @@ from fullrank.compress.rules_threshold import (
 )
 from fullrank.compress.targets import Patterns
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name, model_fingerprint
+from fullrank.core.names import canonical_modules, model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import LayerSpectrum
 from fullrank.core.table import Cell, Table
@@ -261,7 +261,7 @@ def _plan(
     theta: float,
 ) -> RankPlan:
     ranks = NormalisedThreshold(theta).ranks(spectra)
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = dict(canonical_modules(model))
     entries: dict[str, PlanEntry] = {}
     for name, seen in spectra.items():
         if name not in modules:

@@ -34,10 +34,37 @@ def canonical_name(name: str) -> str:
     >>> canonical_name("base_model.model.lm.q_proj.base_layer.weight")
     'lm.q_proj.weight'
     """
-    stripped = _BASE_LAYER.sub("", _INSIDE.sub("", name))
+    stripped = _within(name)
     while (shorter := _PREFIX.sub("", stripped)) != stripped:
         stripped = shorter
     return stripped
+
+
+def _within(name: str) -> str:
+    return _BASE_LAYER.sub("", _INSIDE.sub("", name))
+
+
+def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(canonical name, module)`` of every module, shared ones once.
+
+    A model may have attributes that are named as a wrapper's are. Where two modules with
+    parameters of their own would get one name, nothing is wrapped and such prefixes stay.
+
+    >>> from torch import nn
+    >>> inner = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    >>> [name for name, module in canonical_modules(nn.Sequential(inner))][-2:]
+    ['0', '1']
+    >>> [name for name, module in canonical_modules(nn.Sequential(inner, nn.Linear(4, 4)))][-3:]
+    ['0.model.0', '0.model.1', '1']
+    """
+    modules = list(model.named_modules())
+    owners: dict[str, set[str]] = {}
+    for name, module in modules:
+        if any(parameter is not None for parameter in module._parameters.values()):
+            owners.setdefault(canonical_name(name), set()).add(_within(name))
+    clash = any(len(names) > 1 for names in owners.values())
+    for name, module in modules:
+        yield (_within if clash else canonical_name)(name), module
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -48,12 +75,12 @@ def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from torch import nn
 
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in canonical_modules(model):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             weight = module.weight
             if id(weight) not in seen:
                 seen.add(id(weight))
-                yield canonical_name(name), module
+                yield name, module
 
 
 def model_fingerprint(model: nn.Module) -> str:

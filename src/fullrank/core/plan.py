@@ -315,7 +315,7 @@ class RankPlan(Mapping[str, PlanEntry]):
         PlanError
             When the purpose, the model's fingerprint, a name or a shape differs.
         """
-        from fullrank.core.names import canonical_name, model_fingerprint
+        from fullrank.core.names import canonical_modules, model_fingerprint
 
         if purpose != self.purpose:
             raise PlanError(
@@ -327,7 +327,7 @@ class RankPlan(Mapping[str, PlanEntry]):
                 f"this plan was made on a model with fingerprint {self.fingerprint}; "
                 f"the one given has {found}"
             )
-        modules = {canonical_name(name): module for name, module in model.named_modules()}
+        modules = dict(canonical_modules(model))
         targets = {}
         for name, entry in self.items():
             module = modules.get(name)
