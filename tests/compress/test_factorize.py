@@ -306,6 +306,42 @@ def test_tied_modules_stay_tied_and_tied_weights_stay_dense(tmp_path):
     assert torch.equal(again(ids), model(ids))
 
 
+class Viewed(Tied):
+    """Buffers that are parts of one another."""
+
+    def __init__(self):
+        super().__init__()
+        whole = torch.arange(6.0)
+        for name, part in (("part", whole[2:]), ("whole", whole), ("other", whole[:3])):
+            self.register_buffer(name, part)
+
+
+def test_tied_and_overlapping_tensors_load_also_onto_the_meta_device(tmp_path):
+    torch.manual_seed(0)
+    model = Viewed().requires_grad_(False)
+    path = save(factorize(model, make_plan(model, Fixed(3))), tmp_path / "plain")
+    ids = torch.arange(30)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            into = Viewed().double()
+        again = load(path, into=into)
+        assert again.a is again.b
+        assert again.head.weight is again.embed.weight
+        assert again.head.weight.dtype == torch.float64
+        assert again.head.weight.requires_grad
+        torch.testing.assert_close(again(ids).float(), model(ids))
+        assert [again.part.tolist(), again.other.tolist()] == [[2, 3, 4, 5], [0, 1, 2]]
+
+
+def test_numbers_that_no_one_has_are_named(tmp_path):
+    path = save(factorize(mlp(), plan_for(mlp(), 4)), tmp_path / "plain")
+    with torch.device("meta"):
+        into = mlp()
+        into[1].register_buffer("table", torch.ones(3), persistent=False)
+    with pytest.raises(StoreError, match=r"no numbers for 1\.table"):
+        load(path, into=into)
+
+
 def test_shapes_only_then_load(tmp_path):
     model = mlp()
     plan = plan_for(model, 4)

@@ -400,3 +400,11 @@ def test_a_conv1d_model_loads_by_from_pretrained(tmp_path):
     again = type(model).from_pretrained(folder)
     inputs = {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": torch.ones(1, 3).long()}
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_groups_of_zero_weights_have_an_error_that_is_a_number():
+    conv = nn.Conv2d(4, 8, 3, groups=2)
+    nn.init.zeros_(conv.weight)
+    assert (
+        build_layer(conv, PlanEntry((8, 18), 2, "snmf", "channel", options={"stack": 2})).error == 0
+    )

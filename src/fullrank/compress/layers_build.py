@@ -124,7 +124,7 @@ def _stacked(parts: list[Factors], matrix: Tensor) -> Factors:
         torch.stack([part.first for part in parts]),
         torch.stack([part.second for part in parts]),
         None,
-        float(lost / squares.sum()),
+        float(lost / squares.sum().clamp_min(1e-300)),
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from fullrank.compress.factorization import mark, replace_modules
 from fullrank.compress.layers_record import (
@@ -69,7 +70,8 @@ def load(folder: str | Path, into: nn.Module | None = None, **kwargs: Any) -> nn
     folder
         Of a transformers model, a SentenceTransformer or a plain module.
     into
-        For a plain module: a model of the original, dense architecture; changed in place.
+        For a plain module: a model of the original, dense architecture; changed in place. It may
+        be on the meta device.
     kwargs
         Passed on to ``from_pretrained`` or ``SentenceTransformer``, e.g. ``dtype``, ``device``.
 
@@ -157,18 +159,29 @@ def _write(model: nn.Module, folder: Path) -> None:
 
 
 def _write_plain(model: nn.Module, folder: Path) -> None:
-    tensors, seen = {}, {}
+    tensors: dict[str, Tensor] = {}
+    seen, storages = set(), set()
     for name, tensor in model.state_dict().items():
         # safetensors stores no aliases; a shared tensor is stored under its first name.
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
+        if _identity(tensor) in seen:
             continue
-        seen[key] = name
-        tensors[name] = tensor.detach().contiguous()
+        seen.add(_identity(tensor))
+        # Nor does it store parts of a tensor beside it.
+        storage = tensor.untyped_storage().data_ptr()
+        whole = tensor.detach().contiguous()
+        tensors[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
     atomic_write(folder / "model.safetensors", safetensors_bytes(tensors))
     layers = describe(model)
     record = {"format": record_format(layers), "layers": layers}
     atomic_write(folder / _PLAIN, json.dumps(record, indent=1).encode())
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """What two names of the same numbers have in common."""
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _load_plain(path: Path, model: nn.Module) -> nn.Module:
@@ -188,12 +201,31 @@ def _load_plain(path: Path, model: nn.Module) -> nn.Module:
             raise StoreError(f"{path} holds {name} {entry['shape']}, which the model given has not")
         new[name] = shell_for(module, entry)
     replace_modules(model, new)
+    held = model.state_dict(keep_vars=True)
+    stored = {_identity(tensor): tensors[name] for name, tensor in held.items() if name in tensors}
+    tensors |= {n: stored[_identity(t)] for n, t in held.items() if _identity(t) in stored}
+    built = not any(tensor.is_meta for tensor in held.values())
     try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing, unexpected = model.load_state_dict(
+            tensors if built else _in_place_of(held, tensors), strict=False, assign=not built
+        )
     except RuntimeError as error:
         raise StoreError(f"{path} does not fit the model given: {error}") from error
-    aliased = {id(t) for n, t in model.state_dict(keep_vars=True).items() if n in tensors}
-    lost = [n for n in missing if id(model.state_dict(keep_vars=True)[n]) not in aliased]
-    if lost or unexpected:
-        raise StoreError(f"{path} does not fit the model given, e.g. {(lost + unexpected)[0]!r}")
+    if missing or unexpected:
+        found = (missing + unexpected)[0]
+        raise StoreError(f"{path} does not fit the model given, e.g. {found!r}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise StoreError(f"the model given has no numbers for {name}, nor has {path}")
     return model
+
+
+def _in_place_of(held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors to assign to a model on the meta device: of its types, shared where its own are."""
+    new: dict[int, Tensor] = {}
+    for name, old in held.items():
+        if name in tensors and id(old) not in new:
+            tensor = tensors[name].to(old.dtype)
+            parameter = isinstance(old, nn.Parameter)
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if parameter else tensor
+    return {**tensors, **{name: new[id(old)] for name, old in held.items() if id(old) in new}}
