@@ -306,6 +306,15 @@ def test_tied_modules_stay_tied_and_tied_weights_stay_dense(tmp_path):
     assert torch.equal(again(ids), model(ids))
 
 
+def test_layers_that_share_a_bias_stay_dense():
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    model[1].bias = model[0].bias
+    assert list(make_plan(model, Fixed(3))) == ["2"]
+    factorize(model, RankPlan({str(i): PlanEntry((16, 16), 3) for i in range(3)}))
+    assert [type(layer).__name__ for layer in model] == ["Linear", "Linear", "LowRankLinear"]
+    assert model[0].bias is model[1].bias
+
+
 class Viewed(Tied):
     """Buffers that are parts of one another."""
 

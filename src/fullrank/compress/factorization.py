@@ -19,7 +19,7 @@ from fullrank.compress.matrices import matricise
 from fullrank.compress.measured_speed import faster_only
 from fullrank.compress.planning import WITHOUT_DATA
 from fullrank.compress.solvers import Balance
-from fullrank.compress.targets import shared_weights
+from fullrank.compress.targets import shared_weights, shares
 from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import canonical_modules
@@ -45,7 +45,8 @@ def factorize(
 
     Everything is checked before the first layer changes. A layer is never made bigger: an
     entry at or above break-even leaves it as it is. A module used in several places is
-    factorised once and stays shared; a weight that other modules hold too is left alone.
+    factorised once and stays shared; a layer whose weight or bias other modules hold too is left
+    alone.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def _check(model: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:
     for name, module in plan.check(model, "factor").items():
         entry = plan[name]
         assert entry.rank is not None
-        if entry.rank > entry.break_even or id(module.weight) in shared:
+        if entry.rank > entry.break_even or shares(module, shared):
             continue
         if isinstance(module, Factorised):
             raise PlanError(f"{name} is factorised already; apply plans to the dense model")

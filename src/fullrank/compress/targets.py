@@ -30,6 +30,11 @@ def shared_weights(model: nn.Module) -> set[int]:
     return {parameter for parameter, modules in owners.items() if len(modules) > 1}
 
 
+def shares(module: nn.Module, shared: set[int]) -> bool:
+    """Whether one of a layer's own parameters is among these: new ones would be untied."""
+    return any(id(parameter) in shared for parameter in module.parameters(recurse=False))
+
+
 def factorisable(
     model: nn.Module,
     include: Patterns | None = None,
@@ -45,8 +50,8 @@ def factorisable(
         Any module.
     include, exclude
         Shell patterns over canonical names. Without ``include`` every ``nn.Linear``, ``Conv1D``
-        and convolution counts except the output head of a language model. A layer whose weight
-        another module holds too is never among them, nor is one of a SentenceTransformer that is
+        and convolution counts except the output head of a language model. A layer whose weight or
+        bias another module holds too is never among them, nor is one of a SentenceTransformer that is
         in none of its transformers models (a ``Dense`` module's): it could not be loaded again.
         What counts as linear says :func:`is_linear`.
     convolutions
@@ -88,7 +93,7 @@ def factorisable(
         if (not wanted or any(fnmatchcase(name, p) for p in wanted))
         and not any(fnmatchcase(name, p) for p in unwanted)
         and module is not head
-        and id(module.weight) not in shared
+        and not shares(module, shared)
     }
 
 
