@@ -51,8 +51,9 @@ def factorisable(
     include, exclude
         Shell patterns over canonical names. Without ``include`` every ``nn.Linear``, ``Conv1D``
         and convolution counts except the output head of a language model. A layer whose weight or
-        bias another module holds too is never among them, nor is one of a SentenceTransformer that is
-        in none of its transformers models (a ``Dense`` module's): it could not be loaded again.
+        bias another module holds too is never among them, nor is one of a SentenceTransformer
+        that is in none of its transformers models (a ``Dense`` module's): it could not be loaded
+        again.
         What counts as linear says :func:`is_linear`.
     convolutions
         Whether ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` count.
