@@ -8,7 +8,8 @@ from stepping import random_grads
 from torch import nn
 
 from fullrank.core.errors import InputError
-from fullrank.optim.lift import LIFT
+from fullrank.core.plan import PlanEntry, RankPlan
+from fullrank.optim import LIFT, param_groups
 from fullrank.optim.mask import principal_mask
 
 
@@ -166,3 +167,42 @@ def test_a_plan_of_ranks_fits_one_group():
         W.grad = torch.ones_like(W)
     optimizer.step()
     assert [mask.sum() for _, mask in optimizer.masks()] == [36, 72]
+
+
+def model_with_a_narrow_layer():
+    return nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+
+def test_named_parameters_of_a_model():
+    model = model_with_a_narrow_layer()
+    with pytest.warns(UserWarning, match=r"4 parameters are no matrices.*\(8,\)"):
+        optimizer = LIFT(model.named_parameters(), rank=1, lra_rank=4)
+    assert optimizer.param_groups[0]["rank"] == [1, None, None, None, 1, None]
+    model(torch.randn(5, 16)).square().sum().backward()
+    optimizer.step()
+    assert [int(mask.sum()) for _, mask in optimizer.masks()] == [24, 10]
+
+
+def test_a_plan_says_both_ranks():
+    model = model_with_a_narrow_layer()
+    entries = {
+        "0": PlanEntry((8, 16), 2, options={"lra_rank": 3}),
+        "2": PlanEntry((2, 8), 1),
+    }
+    plan = RankPlan(entries, purpose="optimizer")
+    optimizer = LIFT(model.named_parameters(), plan=plan)
+    groups = param_groups(model, LIFT, plan=plan, verbose=False)
+    for each in (optimizer, LIFT(groups)):
+        masks = [each._mask(model[i].weight, each.param_groups[0]) for i in (0, 2)]
+        assert [(mask.rank, mask.lra_rank) for mask in masks] == [(2, 3), (1, 2)]
+    with pytest.raises(InputError, match=r"either rank=.*or plan="):
+        LIFT(model.named_parameters(), rank=2, plan=plan)
+
+
+def test_the_usual_filter_is_cut_for_narrow_weights():
+    model = model_with_a_narrow_layer()
+    groups = param_groups(model, LIFT, rank=1, verbose=False)
+    optimizer = LIFT(groups)
+    masks = [optimizer._mask(model[i].weight, optimizer.param_groups[0]) for i in (0, 2)]
+    assert [mask.lra_rank for mask in masks] == [8, 2]
+    assert groups.memory().rows

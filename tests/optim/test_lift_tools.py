@@ -5,9 +5,14 @@ import torch
 from torch import nn
 
 from fullrank.core.errors import InputError
-from fullrank.optim.lift import LIFT
-from fullrank.optim.lift_tools import apply_delta, export_delta, lift_mask_fn, lift_param_groups
-from fullrank.optim.mask import principal_mask
+from fullrank.optim import (
+    LIFT,
+    apply_delta,
+    export_delta,
+    lift_mask_fn,
+    lift_param_groups,
+    principal_mask,
+)
 
 
 class Model(nn.Module):

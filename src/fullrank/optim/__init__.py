@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from fullrank.optim.groups import param_groups as param_groups
     from fullrank.optim.iterative import IterativeSubspace as IterativeSubspace
     from fullrank.optim.lift import LIFT as LIFT
+    from fullrank.optim.lift_tools import apply_delta as apply_delta
+    from fullrank.optim.lift_tools import export_delta as export_delta
+    from fullrank.optim.lift_tools import lift_mask_fn as lift_mask_fn
+    from fullrank.optim.lift_tools import lift_param_groups as lift_param_groups
     from fullrank.optim.lora_adjust import adjust_lora_grads as adjust_lora_grads
     from fullrank.optim.lora_pro import LoRAPro as LoRAPro
     from fullrank.optim.lora_pro import create_lorapro_optimizer as create_lorapro_optimizer
@@ -67,6 +71,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "weight_norm_gradients": "row_norm",
         **dict.fromkeys(["AdamP", "SGDP"], "adamp"),
         "LIFT": "lift",
+        **dict.fromkeys(
+            ["apply_delta", "export_delta", "lift_mask_fn", "lift_param_groups"], "lift_tools"
+        ),
         **dict.fromkeys(["principal_mask", "PrincipalMask"], "mask"),
         "project_radial": "radial",
         **dict.fromkeys(["LoRAPro", "create_lorapro_optimizer"], "lora_pro"),

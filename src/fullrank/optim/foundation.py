@@ -96,6 +96,8 @@ class FullrankOptimizer(Optimizer):
     checks: ClassVar[Mapping[str, Check]] = {}
     separable: ClassVar[bool] = True
     """Whether a parameter can be stepped without the others."""
+    planned: ClassVar[tuple[str, ...]] = ()
+    """Keys of a group that a plan's options may give, one value a parameter."""
 
     def __init__(self, params: Iterable[Any], arguments: Mapping[str, Any]) -> None:
         one_of("skip", "raise", "ignore")("nonfinite", arguments["nonfinite"])

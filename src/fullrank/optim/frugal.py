@@ -202,7 +202,10 @@ class FrugalAdamW(SubspaceOptimizer):
             return
         if group["subspace"] == "block":
             if any(rank is not None for rank in self.ranks(group)):
-                raise InputError("subspace='block' divides a group's tensors by density, not rank")
+                raise InputError(
+                    "subspace='block' divides a group's tensors by density, not rank; give "
+                    "density= and is_proj_params=True, or another subspace, e.g. 'columns'"
+                )
             check_blocks(group["block_order"], _active_count(group))
             return
         super().check_group(group)

@@ -18,6 +18,7 @@ from fullrank.optim.galore import GaLoreAdamW
 from fullrank.optim.matrices import matrix_shape
 from fullrank.optim.memory import memory_table
 from fullrank.optim.patterns import matches
+from fullrank.optim.planned import planned_options
 
 Patterns = str | Sequence[str]
 
@@ -127,6 +128,7 @@ def param_groups(
         if targets is not None or exclude:
             raise InputError("a plan says which weights it is for; leave targets and exclude out")
         chosen = _from_plan(model, plan)
+        options = {**planned_options([plan[name] for name in chosen], optimizer.planned), **options}
     else:
         assert rank is not None
         optimizer.checks["rank"]("rank", rank)

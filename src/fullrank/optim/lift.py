@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.core.plan import RankPlan
 from fullrank.optim import checks as valid
 from fullrank.optim.elementwise import Array, adamw_step, alike
 from fullrank.optim.foundation import Entry, FullrankOptimizer, Spec, State, own_part
@@ -19,9 +20,12 @@ from fullrank.optim.inner import AdamW
 from fullrank.optim.inner.adamw import EpsMode
 from fullrank.optim.mask import PrincipalMask, SVDKind, budget, check_mask
 from fullrank.optim.mask_sharded import SpreadMask
+from fullrank.optim.planned import planned_groups
 from fullrank.optim.sharded import check_placements, gathered, is_sharded, local, norm
 
 _HALF = (torch.bfloat16, torch.float16)
+# The paper's ranks; as the filter of narrower matrices it is their shorter side.
+_RANK = 128
 
 
 @dataclass(slots=True)
@@ -43,8 +47,9 @@ class LIFT(FullrankOptimizer):
     Parameters
     ----------
     params
-        Matrices; or param groups (:func:`lift_param_groups`), of which those with ``rank`` are
-        masked and those without get AdamW.
+        Parameters or named parameters, of which matrices are masked; or param groups
+        (:func:`lift_param_groups`), of which those with ``rank``, matrices all, are masked. What
+        is not gets AdamW.
     lr
         1e-4 (paper, LLaMA-2-7B; 2e-4 for 3.2-1B and 3-8B).
     betas, eps
@@ -55,7 +60,8 @@ class LIFT(FullrankOptimizer):
     rank
         r, the budget: 128 (official README). A group may list one a parameter.
     lra_rank
-        R, the filter: 128; best near r (paper). At most the shorter side.
+        R, the filter: 128; best near r (paper). Cut to the shorter side of narrower matrices.
+        A group may list one a parameter; None is 128.
     update_interval
         Steps between two choices: 400 (official MATH-10K settings; paper: 50 to 1000 all work).
         The first new choice is made at the start of step ``update_interval``.
@@ -68,19 +74,23 @@ class LIFT(FullrankOptimizer):
     master_weights
         Keep trained entries of weights in half precision in float32 too (default), so that small
         updates add up. A weight that is changed from outside is taken as it is then.
+    plan
+        A plan of purpose ``"optimizer"``, in place of ``rank``; ``params`` are then named
+        parameters. Its entries' options may hold ``lra_rank``.
     nonfinite
         See :class:`FullrankOptimizer`. A choice that falls on a skipped step is made at the next.
 
     Raises
     ------
     InputError
-        On values out of range, ``lra_rank`` above a weight's shorter side; a tensor in a masked
-        group that is no matrix, is sharded by ZeRO-3, or quantised; sparse gradients.
+        On values out of range; ``lra_rank`` (but 128) above the shorter sides of all weights of a
+        group, one listed above that of its own; a tensor in a masked group that is no matrix, is
+        sharded by ZeRO-3, or quantised; sparse gradients.
 
     Warns
     -----
     UserWarning
-        When no group has a rank.
+        When no group has a rank, or parameters beside the matrices are none.
 
     Notes
     -----
@@ -101,6 +111,7 @@ class LIFT(FullrankOptimizer):
     16
     """
 
+    planned: ClassVar[tuple[str, ...]] = ("lra_rank",)
     checks: ClassVar[dict[str, valid.Check]] = {
         "lr": valid.at_least(0.0),
         "betas": valid.pair(valid.decay_factor),
@@ -121,20 +132,23 @@ class LIFT(FullrankOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        rank: int = 128,
-        lra_rank: int = 128,
+        rank: int = _RANK,
+        lra_rank: int = _RANK,
         update_interval: int = 400,
         svd: SVDKind = "full",
         *,
         eps_mode: EpsMode = "uncorrected",
         master_weights: bool = True,
+        plan: RankPlan | None = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
         valid.whole("rank", rank)
         valid.whole("lra_rank", lra_rank)
-        groups = [params] if isinstance(params, Tensor) else list(params)
-        if groups and not isinstance(groups[0], dict):
-            groups = [{"params": groups, "rank": rank}]
+        groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        if plan is not None:
+            groups = planned_groups(groups, plan, None if rank == _RANK else rank, self.planned)
+        elif groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups, "rank": _matrices_alone(groups, rank)}]
         self._spread: dict[Tensor, SpreadMask] = {}
         # A group that gives no rank gets AdamW.
         super().__init__(groups, {**locals(), "rank": None})
@@ -149,13 +163,13 @@ class LIFT(FullrankOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         """A group with a rank holds whole matrices only."""
-        values = zip(valid.ranks_of(group), _lra_ranks(group), strict=True)
-        for i, (param, (rank, lra_rank)) in enumerate(zip(group["params"], values, strict=True)):
+        _check_lra_ranks(group)
+        for i, (param, rank) in enumerate(zip(group["params"], valid.ranks_of(group), strict=True)):
             if rank is None:
                 continue
             name = self._name(len(self.param_groups) - 1, i)
             try:
-                check_mask(param.shape, rank, lra_rank)
+                check_mask(param.shape, rank, _lra_rank(group, i))
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             if hasattr(param, "ds_id"):
@@ -172,7 +186,7 @@ class LIFT(FullrankOptimizer):
         rank = valid.ranks_of(group)[index]
         if rank is None or budget(param.shape, rank) == param.numel():
             return None
-        return PrincipalMask(rank, _lra_ranks(group)[index], group["svd"])
+        return PrincipalMask(rank, _lra_rank(group, index), group["svd"])
 
     def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
         """Moments; with a mask its indices, when it was chosen last, and a float32 copy."""
@@ -335,13 +349,43 @@ class LIFT(FullrankOptimizer):
                     yield param, mask.index_fill_(0, indices.long(), True).view(param.shape)
 
 
-def _lra_ranks(group: dict[str, Any]) -> list[Any]:
-    value = group["lra_rank"]
-    if not isinstance(value, list | tuple):
-        return [value] * len(group["params"])
-    if len(value) != len(group["params"]):
-        raise InputError(
-            f"a group of {len(group['params'])} parameters lists {len(value)} lra_ranks; give "
-            "one for all, or one a parameter"
-        )
-    return list(value)
+def _matrices_alone(params: list[Any], rank: int) -> int | list[int | None]:
+    """One rank for all that can be masked, as long as something can be."""
+    tensors = [each[1] if isinstance(each, tuple) else each for each in params]
+    # ZeRO-3 leaves parameters without elements, which are refused by name.
+    fits = [tensor.dim() == 2 or hasattr(tensor, "ds_id") for tensor in tensors]
+    if all(fits) or not any(fits):
+        return rank
+    warnings.warn(
+        f"{fits.count(False)} parameters are no matrices (the first of shape "
+        f"{tuple(tensors[fits.index(False)].shape)}); they are stepped by AdamW",
+        stacklevel=3,
+    )
+    return [rank if each else None for each in fits]
+
+
+def _lra_rank(group: dict[str, Any], index: int) -> int:
+    """R of one parameter: what is listed for it as it is, one for all cut to the shorter side."""
+    value, shape = group["lra_rank"], group["params"][index].shape
+    found: int | None = value
+    if isinstance(value, list | tuple):
+        found = value[index]
+        if found is not None:
+            return found
+    return min(_RANK if found is None else found, *shape) if len(shape) else _RANK
+
+
+def _check_lra_ranks(group: dict[str, Any]) -> None:
+    value, count = group["lra_rank"], len(group["params"])
+    if isinstance(value, list | tuple):
+        if len(value) != count:
+            raise InputError(
+                f"a group of {count} parameters lists {len(value)} lra_ranks; give one for all, or "
+                "one a parameter"
+            )
+        return
+    ranks = valid.ranks_of(group)
+    shapes = [p.shape for p, rank in zip(group["params"], ranks, strict=True) if rank is not None]
+    most = max((min(shape, default=0) for shape in shapes if len(shape) == 2), default=None)
+    if most is not None and value not in (None, _RANK) and value > most:
+        raise InputError(f"lra_rank={value}; for these weights it can be {most} at most")

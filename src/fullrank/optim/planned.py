@@ -10,10 +10,28 @@ from torch import Tensor
 
 from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import canonical_name
-from fullrank.core.plan import RankPlan
+from fullrank.core.plan import PlanEntry, RankPlan
 
 
-def planned_groups(params: Iterable[Any], plan: RankPlan, rank: Any = None) -> list[dict[str, Any]]:
+def planned_options(
+    entries: Iterable[PlanEntry | None], names: Iterable[str]
+) -> dict[str, list[Any]]:
+    """Return the options of these names that entries give, one value (or None) an entry.
+
+    >>> planned_options([PlanEntry((8, 6), 2, options={"lra_rank": 3}), None], ["lra_rank"])
+    {'lra_rank': [3, None]}
+    """
+    given = [{} if entry is None else entry.options for entry in entries]
+    return {
+        name: [each.get(name) for each in given]
+        for name in names
+        if any(name in each for each in given)
+    }
+
+
+def planned_groups(
+    params: Iterable[Any], plan: RankPlan, rank: Any = None, options: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """Give every named parameter the rank that a plan has for its layer; the others None.
 
     Parameters
@@ -24,6 +42,8 @@ def planned_groups(params: Iterable[Any], plan: RankPlan, rank: Any = None) -> l
         A plan of purpose ``"optimizer"``.
     rank
         Must be None: a plan takes its place.
+    options
+        Which options of the plan's entries the group lists, too.
 
     Returns
     -------
@@ -41,7 +61,6 @@ def planned_groups(params: Iterable[Any], plan: RankPlan, rank: Any = None) -> l
     Examples
     --------
     >>> from torch import nn
-    >>> from fullrank.core.plan import PlanEntry
     >>> plan = RankPlan({"0": PlanEntry((8, 6), 2)}, purpose="optimizer")
     >>> planned_groups(nn.Sequential(nn.Linear(6, 8)).named_parameters(), plan)[0]["rank"]
     [2, None]
@@ -53,7 +72,7 @@ def planned_groups(params: Iterable[Any], plan: RankPlan, rank: Any = None) -> l
     named = list(params)
     if not all(isinstance(each, tuple) and len(each) == 2 for each in named):
         raise InputError("a plan goes by names: give model.named_parameters(), or param_groups")
-    ranks = dict.fromkeys(range(len(named)))
+    entries: list[PlanEntry | None] = [None] * len(named)
     layers = {canonical_name(name).removesuffix(".weight"): i for i, (name, _) in enumerate(named)}
     for name, entry in plan.items():
         if name not in layers:
@@ -63,5 +82,6 @@ def planned_groups(params: Iterable[Any], plan: RankPlan, rank: Any = None) -> l
             raise PlanError(
                 f"{name}: the plan is for {entry.shape}, the model has {tuple(weight.shape)}"
             )
-        ranks[layers[name]] = entry.rank
-    return [{"params": named, "rank": list(ranks.values())}]
+        entries[layers[name]] = entry
+    ranks = [None if entry is None else entry.rank for entry in entries]
+    return [{"params": named, "rank": ranks, **planned_options(entries, options)}]
