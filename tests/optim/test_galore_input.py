@@ -61,6 +61,8 @@ def test_bad_arguments_raise(options, message):
 def test_bad_adafactor_arguments_raise(options, message):
     with pytest.raises(InputError, match=message):
         GaLoreAdafactor([parameter(6, 8)], **options)
+    with pytest.raises(InputError, match=message):
+        GaLoreAdafactor([{"params": [parameter(6, 8)], **options}])
 
 
 def test_numbers_of_numpy_are_taken_and_saved_as_pythons():

@@ -1,5 +1,6 @@
 """Param groups of models, their report, and the memory table."""
 
+import functools
 import math
 
 import pytest
@@ -11,6 +12,8 @@ from fullrank.core.errors import InputError, PlanError
 from fullrank.core.rank_rules import Fixed
 from fullrank.optim import (
     LIFT,
+    MKOR,
+    AdamP,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdafactor,
@@ -144,6 +147,37 @@ def test_memory_table_equals_what_is_allocated(kind, state_bits, dtype):
     adamw = torch.optim.AdamW(model.parameters())
     adamw.step()
     assert row["AdamW's state"] == state_bytes(adamw)
+
+
+@pytest.mark.parametrize("blend", [0.95, 0.5], ids=["matrices", "columns"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        functools.partial(torch.optim.AdamW, fused=True),
+        functools.partial(AdamP, lr=0.01),
+    ],
+    ids=["sgd", "adamw", "adamp"],
+)
+def test_memory_table_of_mkor_counts_the_inner_state_and_the_factors(inner, blend):
+    model = nn.Sequential(nn.Linear(70, 80), nn.Linear(80, 3))
+    optimizer = MKOR(model, inner, inv_freq=1, blend=blend)
+    table = memory_table(optimizer)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert not optimizer.state
+    for _ in range(45):
+        model(torch.randn(4, 70)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(rows) == ["not projected", "factors", "all"]
+    assert rows["factors"]["optimizer state"] == optimizer.factor_bytes()
+    assert rows["all"]["optimizer state"] == state_bytes(optimizer)
+    assert rows["all"]["parameters"] == 70 * 80 + 80 + 80 * 3 + 3
+
+
+def test_memory_table_of_an_optimizer_that_does_not_say():
+    with pytest.raises(InputError, match="LBFGS does not say"):
+        memory_table(torch.optim.LBFGS([nn.Parameter(torch.zeros(2))]))
 
 
 def test_report_is_printed(capsys):

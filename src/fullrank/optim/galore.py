@@ -218,14 +218,18 @@ class GaLoreAdafactor(ProjectedOptimizer):
         nonfinite: NonFinite = "skip",
         projection_hook: ProjectionHook | None = None,
     ) -> None:
-        if (lr is None) != relative_step:
-            raise InputError(
-                f"lr={lr!r} with relative_step={relative_step!r}: give a learning rate and "
-                "relative_step=False, or neither"
-            )
-        if warmup_init and not relative_step:
-            raise InputError("warmup_init=True needs relative_step=True")
         super().__init__(params, locals())
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """A learning rate comes from the group or from the step, not from both or neither."""
+        super().check_group(group)
+        if (group["lr"] is None) != group["relative_step"]:
+            raise InputError(
+                f"lr={group['lr']!r} with relative_step={group['relative_step']!r}: give a "
+                "learning rate and relative_step=False, or neither"
+            )
+        if group["warmup_init"] and not group["relative_step"]:
+            raise InputError("warmup_init=True needs relative_step=True")
 
     def parts(self, group: dict[str, Any]) -> Parts:
         """Adafactor, with a first moment where ``beta1`` asks for one."""

@@ -342,6 +342,14 @@ class InverseFactor:
         if isinstance(self.form, Columns) and self.form.count > self._limit:
             self.form = Dense(self.form.matrix().to(self.dtype))
 
+    @property
+    def most_bytes(self) -> int:
+        """What this takes once it has had many updates; also of one on no device."""
+        if isinstance(self.form, Columns) and self.form.most <= self._limit:
+            product = self.dim * self.dtype.itemsize + self.wide.itemsize
+            return self.form.most * product + torch.int64.itemsize
+        return self.dim * self.dim * self.dtype.itemsize
+
     def largest(self) -> Tensor:
         """``max |J|``, 0-d."""
         return self.form.matrix().abs().amax()

@@ -154,15 +154,23 @@ class Layer:
             self.pull = torch.where(use, (largest > s.threshold) & ~pull, pull)
 
     def _start(self) -> None:
-        s, weight = self.settings, self.module.weight
-        dtype = s.factor_dtype
+        device = self.module.weight.device
+        self.left, self.right = self._identities(device)
+        self.pull = torch.zeros((), dtype=torch.bool, device=device)
+
+    def _identities(self, device: torch.device) -> tuple[InverseFactor, InverseFactor]:
+        s, dtype = self.settings, self.settings.factor_dtype
         if dtype.itemsize >= 4:
-            dtype = torch.promote_types(dtype, weight.dtype)
-        m, n = self.shape
+            dtype = torch.promote_types(dtype, self.module.weight.dtype)
         dense = s.threshold < 1.0
-        self.left = InverseFactor(m, s.rule, s.blend, dtype, weight.device, dense)
-        self.right = InverseFactor(n, s.rule, s.blend, dtype, weight.device, dense)
-        self.pull = torch.zeros((), dtype=torch.bool, device=weight.device)
+        m, n = (InverseFactor(side, s.rule, s.blend, dtype, device, dense) for side in self.shape)
+        return m, n
+
+    @property
+    def most_bytes(self) -> int:
+        """What :attr:`state` takes once there were many updates."""
+        factors = self._identities(torch.device("meta"))
+        return torch.bool.itemsize + sum(factor.most_bytes for factor in factors)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """``L^-1`` and ``R^-1`` as matrices in float32 at least."""
