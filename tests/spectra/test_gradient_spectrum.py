@@ -11,7 +11,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from fullrank.core.errors import InputError  # noqa: E402
-from fullrank.spectra.gradient_hooks import parts_of  # noqa: E402
+from fullrank.spectra.fused_projections import parts_of  # noqa: E402
+from fullrank.spectra.gradient_cosines import gradient_cosines, mean_cosines  # noqa: E402
 from fullrank.spectra.gradient_spectrum import example_gradients, gradient_spectrum  # noqa: E402
 
 VECTORS = sorted((Path(__file__).parents[1] / "reference" / "gradient-quality").glob("*.npz"))
@@ -72,6 +73,25 @@ def test_means_by_layer_and_projection(path):
             assert np.mean(norms) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
+def test_the_official_cosines(path):
+    model, arrays = load(path)
+    found = [gradient_cosines(model, *sample(arrays, i))[0] for i in samples_in(arrays)]
+    for i, one in enumerate(found):
+        for part in "qkvo":
+            expected = arrays[f"cos{i}:{part}_proj"][0, 1]
+            cosine = one.adjacent[f"self_attn.{part}_proj"][0]
+            assert cosine == pytest.approx(expected, abs=1e-6)
+        for column, pair in enumerate(("q, o", "k, v")):
+            expected = arrays[f"cosqkvo{i}"][:, column]
+            assert [*one.same_layer[pair].values()] == pytest.approx(expected, abs=1e-6)
+    mean = mean_cosines(found)
+    adjacent = [[*layers.values()] for layers in mean.adjacent.values()]
+    np.testing.assert_allclose(adjacent, arrays["avg_adjacent_cos_qkvo"], atol=1e-6)
+    same = [[*mean.same_layer[pair].values()] for pair in ("q, o", "k, v")]
+    np.testing.assert_allclose(same, arrays["avg_same_layer_cos_qo_kv"], atol=1e-6)
+
+
 def test_vectors_are_there():
     assert len(VECTORS) == 2
 
@@ -130,7 +150,7 @@ def test_the_model_is_left_as_it_was():
         assert not m._forward_hooks
 
 
-@pytest.mark.parametrize("wrapped", ["frozen", "lora"])
+@pytest.mark.parametrize("wrapped", ["frozen", "lora", "adalora"])
 def test_frozen_weights_and_adapters(wrapped):
     model, arrays = load(VECTORS[0])
     expected = gradient_spectrum(model, *sample(arrays, 0))
@@ -138,7 +158,10 @@ def test_frozen_weights_and_adapters(wrapped):
         model.requires_grad_(False)
     else:
         peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        targets = ["q_proj", "v_proj"]
+        config = peft.LoraConfig(r=2, target_modules=targets)
+        if wrapped == "adalora":  # adds to the layer's output in place
+            config = peft.AdaLoraConfig(total_step=9, init_r=2, target_modules=targets)
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     found = gradient_spectrum(model, *sample(arrays, 0))
     assert found.keys() == expected.keys()
@@ -164,6 +187,51 @@ def test_fused_projections_count_apart():
     assert "transformer.h.0.attn.c_proj" in found
 
 
+def rows_by_head(out, heads, per_block=3, blocks=None):
+    """Row numbers as the models' code views them: blocks of heads, of which key, value are last."""
+    view = torch.arange(out).view(blocks or heads, per_block, -1)
+    return [view[:, :-2].flatten(), view[:, -2].flatten(), view[:, -1].flatten()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rows"),
+    [
+        ("gpt_neox", {}, rows_by_head(48, 4)),
+        ("bloom", {}, rows_by_head(48, 4)),
+        ("falcon", {"multi_query": False, "alibi": True}, rows_by_head(48, 4)),
+        ("falcon", {"alibi": True}, [torch.arange(i, j) for i, j in ((0, 16), (16, 20), (20, 24))]),
+        (
+            "falcon",
+            {"new_decoder_architecture": True, "num_kv_heads": 2},
+            rows_by_head(32, 4, 4, 2),
+        ),
+        ("gpt_bigcode", {"multi_query": False}, rows_by_head(48, 4)),
+        ("codegen", {"rotary_dim": 4}, [rows_by_head(48, 4)[i] for i in (0, 2, 1)]),
+    ],
+)
+def test_fused_projections_of_many_layouts(kind, options, rows):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 24} if kind == "gpt_neox" else {}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=32, **shape, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    ids = torch.arange(10)
+    found = gradient_spectrum(model, ids, ids)
+    model(input_ids=ids[None], labels=ids[None]).loss.backward()
+    (name,) = {n.removesuffix("[q]") for n in found if n.endswith("[q]")}
+    weight = model.get_submodule(name).weight
+    gradient = weight.grad if weight.shape[1] == 16 else weight.grad.T
+    for part, own in zip("qkv", rows, strict=True):
+        expected = torch.linalg.svdvals(gradient[own]).numpy()
+        values = found[f"{name}[{part}]"].values
+        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_a_fused_layer_of_unknown_layout_is_one_part():
+    layer, config = torch.nn.Linear(16, 24), transformers.PretrainedConfig()
+    assert list(parts_of("attn.query_key_value", layer, config)) == ["attn.query_key_value"]
+
+
 def test_fewer_keys_than_queries_in_one_layer():
     config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=1)
     parts = parts_of("layers.0.self_attn.qkv_proj", torch.nn.Linear(16, 24), config)
@@ -176,6 +244,20 @@ def test_bfloat16_is_measured_in_float32():
     rough = gradient_spectrum(model.bfloat16(), *sample(arrays, 1))
     for name, spectrum in exact.items():
         assert rough[name].nuclear_norm == pytest.approx(spectrum.nuclear_norm, rel=0.2)
+
+
+def test_cosines_do_not_depend_on_the_company():
+    model, arrays = load(VECTORS[0])
+    rows, ids, labels, mask = batch(arrays)
+    together = gradient_cosines(model, ids, labels, attention_mask=mask)
+    for (one, wanted), found in zip(rows, together, strict=True):
+        (alone,) = gradient_cosines(model, one, wanted)
+        for kind in ("adjacent", "same_layer"):
+            expected = {n: dict(v) for n, v in getattr(alone, kind).items()}
+            assert expected
+            for name, layers in getattr(found, kind).items():
+                assert layers == pytest.approx(expected.pop(name), abs=1e-6)
+            assert not expected
 
 
 def test_one_scored_token_has_gradients_of_rank_one_in_the_last_layer():
@@ -199,6 +281,11 @@ def test_bad_input():
         gradient_spectrum(model, ids, labels[1:])
     with pytest.raises(InputError, match=r"no linear layer matches .*q_proj"):
         gradient_spectrum(model, ids, labels, "nowhere")
+    for options, message in (({"method": "bogus"}, "method="), ({"modules": "("}, "modules=")):
+        with pytest.raises(InputError, match=message):
+            gradient_spectrum(model, ids, labels, **options)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        gradient_spectrum(model, ids, labels)
     with torch.no_grad():
         model.model.embed_tokens.weight[int(ids[0])] = float("nan")
     with pytest.raises(InputError, match="not finite"):

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fullrank.spectra.dynamics import RankDynamics as RankDynamics
     from fullrank.spectra.dynamics import rank_dynamics as rank_dynamics
     from fullrank.spectra.feature_rank import feature_rank as feature_rank
+    from fullrank.spectra.gradient_cosines import GradientCosines as GradientCosines
+    from fullrank.spectra.gradient_cosines import gradient_cosines as gradient_cosines
     from fullrank.spectra.gradient_quality import GradientQuality as GradientQuality
     from fullrank.spectra.gradient_spectrum import gradient_spectrum as gradient_spectrum
     from fullrank.spectra.heavy_tail import TailFit as TailFit
@@ -61,6 +63,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "MatrixSpectrum": "matrix_spectrum",
         **dict.fromkeys(["TailFit", "heavy_tail_alpha"], "heavy_tail"),
         "lidar": "lidar",
+        **dict.fromkeys(["GradientCosines", "gradient_cosines"], "gradient_cosines"),
         "GradientQuality": "gradient_quality",
         "gradient_spectrum": "gradient_spectrum",
         "RankMeCallback": "callback",

@@ -25,8 +25,6 @@ Consume = Callable[[str, Tensor, Tensor], None]
 """Layer -> its inputs ``(..., in)`` and the gradients of its outputs ``(..., out)``."""
 
 _ATTENTION = r"(^|[._])(self_attn|self_attention|attention|attn)([._]|$)"
-# Projections that hold query, key and value one below the other.
-_FUSED = re.compile(r"(c_attn|qkv_proj|qkv)$")
 
 
 def chosen_layers(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
@@ -43,13 +41,14 @@ def chosen_layers(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     Raises
     ------
     InputError
-        When nothing is chosen; names some of the layers that there are.
+        When nothing is chosen (names some of the layers that there are), or ``modules`` is no
+        regular expression.
     """
     linears = dict(named_linears(model))
     if callable(modules):
         found = {name: layer for name, layer in linears.items() if modules(name, layer)}
     else:
-        pattern = re.compile(_ATTENTION if modules == "attention" else modules)
+        pattern = _pattern(_ATTENTION if modules == "attention" else modules)
         found = {name: layer for name, layer in linears.items() if pattern.search(name)}
     found = {name: layer for name, layer in found.items() if not _adapter(name)}
     if not found:
@@ -58,6 +57,13 @@ def chosen_layers(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
             f"{', '.join(list(linears)[:4]) or 'none'}, ...: give a regular expression over names"
         )
     return found
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InputError(f"modules={text!r} is no regular expression: {error}") from error
 
 
 def _adapter(name: str) -> bool:
@@ -90,38 +96,14 @@ def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) 
 def _hook(name: str, consume: Consume) -> Callable[..., Any]:
     def run(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         x = next(iter((*args, *named.values()))).detach()
-        # With frozen weights the graph begins here.
-        out = output if output.requires_grad else output.detach().requires_grad_(True)
+        # With frozen weights the graph begins here. What an adapter adds to in place must be no
+        # leaf of it.
+        out = output if output.requires_grad else output.detach().requires_grad_(True).clone()
         watched: Any = out  # torch's register_hook has no types
         watched.register_hook(lambda gradient: consume(name, x, gradient.detach()))
         return out
 
     return run
-
-
-def parts_of(name: str, layer: nn.Module, config: Any) -> dict[str, slice]:
-    """Rows of the gradient by projection: query, key and value apart where one layer holds them.
-
-    >>> parts_of("h.0.attn.c_attn", nn.Linear(4, 12), None)
-    {'h.0.attn.c_attn[q]': slice(0, 4, None), 'h.0.attn.c_attn[k]': slice(4, 8, None), \
-'h.0.attn.c_attn[v]': slice(8, 12, None)}
-    """
-    out, width = _shape(layer)
-    if not _FUSED.search(name):
-        return {name: slice(0, out)}
-    heads = getattr(config, "num_attention_heads", 1)
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    query = width if out == 3 * width else out * heads // (heads + 2 * groups)
-    value = (out - query) // 2
-    rows = (slice(0, query), slice(query, query + value), slice(query + value, out))
-    return {f"{name}[{part}]": where for part, where in zip("qkv", rows, strict=True)}
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    width, out = layer.weight.shape
-    return out, width
 
 
 class Factor:
@@ -151,8 +133,13 @@ class Factor:
 
 
 def _singular_values(matrix: Tensor) -> Tensor:
-    # Squares in float64 keep all that float32 has.
-    if matrix.dtype == torch.float32 and matrix.isfinite().all():
-        return gram_spectrum(matrix).to(matrix.device)
-    found: Tensor = torch.linalg.svdvals(matrix)
-    return found
+    """In float64 for float32, whose squares it keeps; NaN where the matrix is not finite."""
+    try:
+        if matrix.dtype == torch.float32:
+            return gram_spectrum(matrix).to(matrix.device)
+        if matrix.isfinite().all():
+            found: Tensor = torch.linalg.svdvals(matrix)
+            return found
+    except ValueError:  # not finite
+        pass
+    return matrix.new_full((min(matrix.shape),), torch.nan)

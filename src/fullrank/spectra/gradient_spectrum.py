@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from torch.nn import functional as F  # noqa: N812
 from fullrank.core.batches import device_of
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
+from fullrank.spectra.fused_projections import parts_of
 from fullrank.spectra.gradient_hooks import (
+    Consume,
     Factor,
     Method,
     Modules,
     caught,
     chosen_layers,
-    parts_of,
 )
 from fullrank.spectra.parallel import each
 from fullrank.spectra.spectrum import Spectrum
@@ -138,7 +139,40 @@ def _backward(
     *,
     together: bool,
 ) -> list[ExampleGradient]:
+    if method not in get_args(Method):
+        raise InputError(f"method={method!r}; it is one of {', '.join(get_args(Method))}")
     layers = chosen_layers(model, modules)
+    sinks = _Sinks(layers, getattr(model, "config", None), method, together)
+    losses, counts = backward(model, input_ids, labels, mask, layers, sinks.take, together=together)
+    return [
+        ExampleGradient(loss, count, found)
+        for loss, count, found in zip(losses, counts, sinks.spectra(), strict=True)
+    ]
+
+
+def backward(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    layers: Mapping[str, nn.Module],
+    consume: Consume,
+    *,
+    together: bool,
+) -> tuple[list[float], list[int]]:
+    """Hand over inputs and output gradients of layers; returns mean losses and scored tokens.
+
+    Parameters
+    ----------
+    model, input_ids, labels, mask
+        As for :func:`gradient_spectrum`.
+    layers, consume
+        As for :func:`~fullrank.spectra.gradient_hooks.caught`; the last layer comes first.
+    together
+        One loss, the mean over all scored tokens; else one for each example.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("there are no gradients under torch.inference_mode(): call this outside")
     device = device_of(model)
     ids, wanted = (_rows(t).to(device) for t in (input_ids, labels))
     if ids.shape != wanted.shape:
@@ -146,8 +180,7 @@ def _backward(
     scored = (wanted[:, 1:] != _IGNORED).sum(1)
     if not (scored.sum() if together else scored.min()):
         raise InputError("no token is scored: every label is -100 (the first is never scored)")
-    sinks = _Sinks(layers, getattr(model, "config", None), len(ids), method, together)
-    with evaluating(model), torch.enable_grad(), caught(model, layers, sinks.take):
+    with evaluating(model), torch.enable_grad(), caught(model, layers, consume):
         options = {} if mask is None else {"attention_mask": _rows(mask).to(device)}
         logits = model(input_ids=ids, use_cache=False, **options).logits
         pairs = [(logits, wanted)] if together else zip(logits, wanted, strict=True)
@@ -155,11 +188,7 @@ def _backward(
         if not losses.isfinite().all():
             raise InputError(f"the loss is {losses.tolist()}: the model's outputs are not finite")
         torch.autograd.backward(losses.sum())
-    counts = [int(scored.sum())] if together else scored.tolist()
-    return [
-        ExampleGradient(loss, count, found)
-        for loss, count, found in zip(losses.tolist(), counts, sinks.spectra(), strict=True)
-    ]
+    return losses.tolist(), [int(scored.sum())] if together else scored.tolist()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -192,13 +221,12 @@ class _Sinks:
         self,
         layers: Mapping[str, nn.Module],
         config: Any,
-        count: int,
         method: Method,
         together: bool,
     ) -> None:
         self._parts = {name: parts_of(name, layer, config) for name, layer in layers.items()}
         self._method, self._together = method, together
-        self._values: list[dict[str, Tensor]] = [{} for _ in range(1 if together else count)]
+        self._values: list[dict[str, Tensor]] = []
         # Query, key and value read the same inputs, one after another.
         self._last: tuple[Tensor, list[Factor]] | None = None
 
@@ -206,6 +234,7 @@ class _Sinks:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         factors = self._factors(x, wide)
         rows = self._split(gradient.to(wide))
+        self._values = self._values or [{} for _ in rows]
         jobs = [
             _Job(values, part, factor, D[:, where])
             for values, factor, D in zip(self._values, factors, rows, strict=True)
@@ -229,13 +258,13 @@ class _Sinks:
         return [tensor.flatten(0, -2)] if self._together else list(tensor)
 
     def spectra(self) -> list[dict[str, Spectrum]]:
-        """In the order of the layers, not of the backward pass."""
+        """Of each example, in the order of the layers, not of the backward pass."""
         self._last = None
+        if not self._values:
+            raise InputError("none of the chosen layers took part in the loss")
         found = []
         for values in self._values:
             order = [part for parts in self._parts.values() for part in parts if part in values]
-            if not order:
-                raise InputError("none of the chosen layers took part in the loss")
             for part in order:
                 if not values[part].isfinite().all():
                     raise InputError(f"the gradient of {part} is not finite")
