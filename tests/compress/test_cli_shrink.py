@@ -9,8 +9,10 @@ import typer
 from typer.testing import CliRunner
 
 from fullrank.cli.shrink import Floor, parse_floor, shrink
-from fullrank.compress import LowRankLinear, RankPlan
+from fullrank.cli.shrink_tasks import read_calibration
+from fullrank.compress import Distillation, LowRankLinear, RankPlan
 from fullrank.core.errors import InputError
+from fullrank.core.plan import PlanEntry
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -99,6 +101,9 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
     ("arguments", "message"),
     [
         ([], "give one of --floor"),
+        (["--keep", 0], "--keep 0"),
+        (["--plan", "{plan}"], "planned by output_pca, which needs texts"),
+        (["--keep", 0.5, "--method", "svd", "--calibrate", "{one}"], "or --no-recover"),
         (["--keep", 0.5, "--floor", "RR>=90%"], "give one of --floor"),
         (["--floor", "RR>=90%"], "pass --data"),
         (["--floor", "RR<=90%", "--data", "pydocs"], "higher RR is better"),
@@ -124,11 +129,35 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(encoder, texts, tmp_path, arguments, message):
-    given = [str(a).replace("{texts}", str(texts)) for a in arguments]
+    plan = RankPlan({"encoder.layer.0.output.dense": PlanEntry((32, 64), 4, "output_pca")})
+    (tmp_path / "one.txt").write_text("a single text")
+    known = {"texts": texts, "plan": plan.save(tmp_path / "p.json"), "one": tmp_path / "one.txt"}
+    given = [str(a).format(**known) for a in arguments]
     result = run(encoder, "--out", tmp_path / "out", *given)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_present_folder_and_a_handful_of_texts(encoder, tmp_path, monkeypatch):
+    """Texts that hold what Unicode calls the end of a line are one text each."""
+    from sentence_transformers import SentenceTransformer
+
+    file, out = tmp_path / "few.jsonl", tmp_path / "out"
+    rows = [{"text": f"{letter}\u2028b c d"} for letter in LETTERS[:5]]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert len(read_calibration(file)) == 5
+    out.mkdir()
+    monkeypatch.chdir(out)
+    given = ["--keep", 0.6, "--calibrate", file, "--method", "svd", "--steps", 2, "--any-speed"]
+    result = run(encoder, "--out", ".", *given)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    assert (out / "plan.json").is_file()
+    # The training itself makes two batches of a handful.
+    model = SentenceTransformer(str(out), device="cpu")
+    assert len(Distillation(model, read_calibration(file))._batches) == 3
+    with pytest.raises(InputError, match="give two texts or more"):
+        Distillation(model, ["a b c"])
 
 
 def test_a_folder_in_use_is_left_alone(encoder):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 import typer
 from tiny_models import cross_encoder
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from fullrank.cli.shrink import shrink
-from fullrank.cli.shrink_metrics import LanguageMetric, own_metric
+from fullrank.cli.shrink_metrics import Accuracy, LanguageMetric, longest_input, own_metric
 from fullrank.compress import FloorError, LowRankLinear, RankPlan, load
 from fullrank.core.errors import InputError
 
@@ -65,8 +67,6 @@ def classifier(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory, classifier):
     """Labels are what the model says: it is right at first."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     draw = random.Random(1)
@@ -101,6 +101,22 @@ def test_a_language_model_to_a_ceiling_of_bits_per_byte(language_model, text, tm
     assert not (out / ".work").exists()
 
 
+def test_a_model_in_half_precision_stays_in_it(language_model, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    half, out = tmp_path / "half", tmp_path / "small"
+    shutil.copytree(language_model, half)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    given = ["--floor", "bpb<=120%", "--data", text, "--method", "greenformers", *QUICK]
+    made(run(half, "--out", out, *given))
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (half, out)]
+    assert sizes[1] < sizes[0]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
 def test_bits_per_byte_are_those_of_training(language_model):
     from transformers import AutoModelForCausalLM
 
@@ -130,6 +146,37 @@ def test_a_classifier_to_a_floor_of_accuracy(classifier, rows, tmp_path):
     assert 0 <= facts["test"]["ratio"] <= 1
     model = load(out)
     assert type(model).__name__ == "BertForSequenceClassification"
+
+
+def test_texts_are_cut_to_the_models_positions(tmp_path):
+    """Also where the tokenizer knows no limit, and where padding has a position."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    folder = cross_encoder(tmp_path / "bert", labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 10**30
+    rows = [("cat dog " * 300, 0), ("cat", 1)]
+    assert len(Accuracy(rows, tokenizer)(model)) == 2
+    assert longest_input(model, tokenizer) == model.config.max_position_embeddings
+    assert longest_input(model, tokenizer, 7) == 7
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=34, **sizes
+    )
+    assert len(Accuracy(rows, tokenizer)(RobertaForSequenceClassification(config))) == 2
+
+
+def test_heads_that_would_be_lost_are_refused(classifier, tmp_path):
+    from transformers import BertForTokenClassification
+
+    folder = tmp_path / "ner"
+    shutil.copytree(classifier, folder)
+    config = AutoModelForSequenceClassification.from_pretrained(classifier).config
+    BertForTokenClassification(config).save_pretrained(folder)
+    result = run(folder, "--out", tmp_path / "out", "--keep", 0.5, "--method", "greenformers")
+    assert isinstance(result.exception, InputError)
+    assert "a model ForTokenClassification" in str(result.exception)
 
 
 def test_labels_the_model_does_not_have_are_named(classifier, tmp_path):

@@ -16,6 +16,7 @@ from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
     from fullrank.cli.shrink_run import AnyMethod
+    from fullrank.core.plan import RankPlan
 
 
 def shrink(
@@ -98,8 +99,12 @@ def shrink(
     ] = False,
 ) -> None:
     """Make a model smaller: to a metric floor, to a share of its parameters, or by a plan."""
+    # A folder such as "." has no name to derive others from.
+    out = out.expanduser().resolve()
     goals = [
-        name for name, value in (("--floor", floor), ("--keep", keep), ("--plan", plan)) if value
+        name
+        for name, value in (("--floor", floor), ("--keep", keep), ("--plan", plan))
+        if value is not None
     ]
     if len(goals) != 1:
         raise InputError(f"give one of --floor, --keep and --plan, not {len(goals)}")
@@ -114,27 +119,36 @@ def shrink(
         raise InputError(f"there is no plan at {plan}")
     methods = _methods(method, goal is not None)
     from fullrank.cli.shrink_run import Job, check_folder
+    from fullrank.core.plan import RankPlan
 
     check_folder(out, fresh)
-    if plan is None:
-        _check_texts(methods, calibrate is not None or data is not None, recover)
+    given = None if plan is None else RankPlan.load(plan)
+    solvers = [] if given is None else _solvers(given)
+    has_texts = calibrate is not None or data is not None
+    if given is None:
+        _check_texts(methods, has_texts, recover)
+    elif solvers and not has_texts:
+        raise InputError(
+            f"layers of {plan} are planned by {solvers[0]}, which needs texts to calibrate on: "
+            "pass --calibrate (or --data)"
+        )
     from fullrank.cli.shrink_metrics import own_metric
     from fullrank.cli.shrink_tasks import open_task, read_calibration
-    from fullrank.compress import RankPlan, report
+    from fullrank.compress import report
     from fullrank.compress.page import write_page
     from fullrank.core.files import atomic_write
 
     if metric is not None:
         own_metric(metric)
-    given = None if plan is None else RankPlan.load(plan)
     texts = [] if calibrate is None else read_calibration(calibrate)
     task = open_task(model, data)
     if calibrate is None:
         texts = task.default_texts(samples, seed)
     texts = random.Random(seed).sample(texts, min(samples, len(texts)))
+    _check_enough(methods, len(texts), recover)
     job = Job(
         task, texts, methods, out, recover, faster, max_length, steps, seconds, seed, metric,
-        {"model": model, "kind": task.kind, "method": methods[0]},
+        {"model": model, "kind": task.kind, "method": methods[0]}, solvers=solvers,
     )  # fmt: skip
     console = Console()
     found = None
@@ -144,9 +158,11 @@ def shrink(
         found = job.to_floor(goal, console.print)
         small, chosen = found.model, found.plan
         job.facts["floor"] = floor
-        if test := job.tested(goal, small):
-            console.print(f"on the test part, which took no part in the choice: it {test}")
-            job.facts["test"] = {"ratio": test.ratio, "lower": test.lower, "holds": test.holds}
+    # Tested, and written, as it will be loaded.
+    small = task.as_stored(small)
+    if goal is not None and (test := job.tested(goal, small)):
+        console.print(f"on the test part, which took no part in the choice: it {test}")
+        job.facts["test"] = {"ratio": test.ratio, "lower": test.lower, "holds": test.holds}
     # The page has all columns.
     console.print(report(small).only("layer", "rank", "kept", "relative error"))
     with job.written(small) as part:
@@ -177,6 +193,27 @@ def _methods(names: str, several: bool) -> list[AnyMethod]:
     if len(methods) > 1 and not several:
         raise InputError(f"--method {names}: several methods are compared by --floor only")
     return list(dict.fromkeys(methods))
+
+
+def _solvers(plan: RankPlan) -> list[str]:
+    """Methods of a plan's layers that look at data."""
+    from fullrank.compress.planning import WITHOUT_DATA
+
+    used = {entry.method for entry in plan.values() if entry.rank is not None}
+    return sorted(used - set(WITHOUT_DATA))
+
+
+def _check_enough(methods: list[Any], texts: int, recover: bool) -> None:
+    """Raise early when there is a text to train on, but none to check on."""
+    from fullrank.compress.planning_share import TRAINED
+
+    trained = next((method for method in methods if method in TRAINED), None)
+    if texts == 1 and (recover or trained):
+        way_out = "" if trained else ", or --no-recover"
+        raise InputError(
+            "there is one text to calibrate on; training needs another to check on: give more "
+            f"texts{way_out}"
+        )
 
 
 def _check_texts(methods: list[Any], texts: bool, recover: bool) -> None:

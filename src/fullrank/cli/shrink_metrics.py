@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from fullrank.training.lm_data import Blocks
 
+_POSITIONS = "position_embeddings"
+_UNKNOWN_LENGTH = 10**9
+
 Metric = Callable[[Any], Any]
 
 
@@ -91,6 +94,8 @@ class Accuracy:
     ----------
     rows
         (text, number of its label).
+    max_length
+        Tokens that texts are cut to, if fewer than the model takes.
     """
 
     rows: Sequence[tuple[str, int]]
@@ -106,14 +111,30 @@ class Accuracy:
         from fullrank.core.batches import call, device_of, moved
         from fullrank.core.modes import evaluating
 
+        longest = longest_input(model, self.tokenizer, self.max_length)
         hits: list[float] = []
         with evaluating(model), torch.no_grad():
             for start in range(0, len(self.rows), self.batch_size):
                 rows = self.rows[start : start + self.batch_size]
-                batch = tokenise(model, [text for text, _ in rows], self.max_length, self.tokenizer)
+                batch = tokenise(model, [text for text, _ in rows], longest, self.tokenizer)
                 found = call(model, moved(batch, device_of(model))).logits.argmax(-1).tolist()
                 hits += [float(a == b) for a, (_, b) in zip(found, rows, strict=True)]
         return hits
+
+
+def longest_input(model: Any, tokenizer: Any, wanted: int | None = None) -> int | None:
+    """Return how many tokens to cut texts to: what is wanted, but no more than the model takes."""
+    limits = [] if wanted is None else [wanted]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        # Where the padding has a position (RoBERTa), the text's are counted from after it.
+        table = next((m for n, m in model.named_modules() if n.endswith(_POSITIONS)), None)
+        padding = getattr(table, "padding_idx", None)
+        limits.append(positions if padding is None else positions - padding - 1)
+    # Tokenizers that do not know a limit say a number beyond all.
+    if tokenizer.model_max_length < _UNKNOWN_LENGTH:
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=None)
 
 
 def own_metric(name: str, tokenizer: Any = None) -> Metric:

@@ -44,6 +44,8 @@ class Job:
         To calibrate on and to recover with.
     faster
         Whether layers that are slower factorised stay dense.
+    solvers
+        What a plan that was given makes its layers by.
     """
 
     task: Task
@@ -59,6 +61,7 @@ class Job:
     own: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Sequence[Candidate]] = field(default_factory=dict)
+    solvers: Sequence[str] = ()
 
     # -- what all methods share --------------------------------------------------------------
 
@@ -70,7 +73,8 @@ class Job:
     @cached_property
     def batches(self) -> list[Any]:
         """Calibration data as the model takes it."""
-        return self.task.batches(self.texts, self.max_length)
+        # One to check on, where something is trained.
+        return self.task.batches(self.texts, self.max_length, at_least=2)
 
     @cached_property
     def example(self) -> Any:
@@ -102,9 +106,10 @@ class Job:
         from fullrank.core.files import atomic_write
 
         without = (*DATA_FREE, *TRAINED)
-        if not self.texts or all(method in without for method in self.methods):
+        use = {*self.methods, *self.solvers}.difference(without)
+        if not self.texts or not use:
             return None
-        gradients = "gauss_newton" in self.methods
+        gradients = "gauss_newton" in use
         identity = json.dumps({**self.identity, "gradients": gradients}, indent=1)
         file, named = self.work / "calibration.safetensors", self.work / "calibration.json"
         if file.is_file() and named.is_file() and named.read_text() == identity:

@@ -6,11 +6,12 @@ import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fullrank.cli.shrink_floor import ACCURACY, LOSSES, Floor
-from fullrank.cli.shrink_metrics import Accuracy, LanguageMetric, Metric
+from fullrank.cli.shrink_metrics import Accuracy, LanguageMetric, Metric, longest_input
 from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Part = Literal["dev", "test"]
 
 # Of a language model: sequences to measure on, in tokens, and how much of a part, in bytes.
 _CONTEXT, _MEASURED = 256, 200_000
+# Of checkpoints that are used as encoders without it.
+_SPARE_HEADS = ("", "ForMaskedLM", "ForPreTraining")
 _BATCH = {"encoder": 32, "classifier": 32, "language model": 8}
 
 
@@ -31,13 +34,16 @@ class Task(ABC):
     Attributes
     ----------
     model, tokenizer
-        As loaded.
+        As loaded; the model in float32 where its checkpoint is in half precision.
+    dtype
+        Of the checkpoint.
     kind
         In words.
     """
 
     kind: str
     model: Any
+    dtype: Any = None
     tokenizer: Any = None
 
     @abstractmethod
@@ -52,18 +58,40 @@ class Task(ABC):
         """Labels of the metric's values that belong together."""
         return None
 
-    def batches(self, texts: Sequence[str], max_length: int) -> list[Any]:
-        """Turn texts into the model's inputs, with labels where a loss can be had."""
+    def batches(self, texts: Sequence[str], max_length: int, at_least: int = 1) -> list[Any]:
+        """Turn texts into the model's inputs, so many batches if they suffice, and labels."""
         from fullrank.compress import Batches
 
+        longest: int | None = max_length
+        if self.tokenizer is not None:
+            longest = longest_input(self.model, self.tokenizer, max_length)
         made = Batches(
             self.model,
             list(texts),
-            batch_size=_BATCH[self.kind],
-            max_length=max_length,
+            batch_size=self._batch_size(texts, at_least),
+            max_length=longest,
             tokenizer=self.tokenizer,
         )
         return list(made)
+
+    def _batch_size(self, texts: Sequence[str], at_least: int) -> int:
+        return max(1, min(_BATCH[self.kind], len(texts) // at_least))
+
+    def work_in_float32(self) -> None:
+        """Take a model of half precision to the numbers that it is worked on in."""
+        import torch
+
+        self.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        if self.dtype in (torch.float16, torch.bfloat16):
+            self.model.float()
+
+    def as_stored(self, small: Any) -> Any:
+        """Give a shrunk model the checkpoint's own numbers, in place."""
+        # Buffers stay: those of positions are made in float32 at loading, whatever the weights.
+        for parameter in small.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        return small
 
     def usage(self, folder: Path) -> str:
         """How to load the result."""
@@ -139,12 +167,15 @@ class LanguageModel(Task):
     kind = "language model"
 
     def __init__(self, name: str, data: str | None) -> None:
+        from fullrank.core.errors import require
+        from fullrank.core.models import load_model
         from fullrank.datasets.texts import read_texts
-        from fullrank.training.lm_data import load_lm, read_tokenizer
+        from fullrank.training.lm_data import read_tokenizer
 
         self.texts: Texts | None = None if data is None else read_texts(data)
         self.tokenizer = _padded(read_tokenizer(name))
-        self.model = load_lm(name, None, self.tokenizer, "float32")
+        auto = require("transformers", extra="hf").AutoModelForCausalLM
+        self.model = load_model(name, partial(auto.from_pretrained, dtype="auto")).eval()
 
     def default_texts(self, samples: int, seed: int) -> list[str]:
         """Passages of the train part."""
@@ -153,9 +184,9 @@ class LanguageModel(Task):
         passages = [p for text in self.texts.parts["train"] for p in _passages(text)]
         return random.Random(seed).sample(passages, min(samples, len(passages)))
 
-    def batches(self, texts: Sequence[str], max_length: int) -> list[Any]:
+    def batches(self, texts: Sequence[str], max_length: int, at_least: int = 1) -> list[Any]:
         """With the inputs as labels; padding has none."""
-        made = super().batches(texts, max_length)
+        made = super().batches(texts, max_length, at_least)
         for batch in made:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return made
@@ -208,7 +239,7 @@ class Classifier(Task):
         self.rows: Rows | None = None if data is None else read_rows(data, fields, seed=0)
         auto = require("transformers", extra="hf").AutoModelForSequenceClassification
         self.tokenizer = _padded(read_tokenizer(name))
-        self.model = load_model(name, auto.from_pretrained).eval()
+        self.model = load_model(name, partial(auto.from_pretrained, dtype="auto")).eval()
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         numbers = {str(k): int(v) for k, v in self.model.config.label2id.items()}
@@ -220,16 +251,16 @@ class Classifier(Task):
         texts = [] if self.rows is None else [text for text, _ in self.rows.train]
         return random.Random(seed).sample(texts, min(samples, len(texts)))
 
-    def batches(self, texts: Sequence[str], max_length: int) -> list[Any]:
+    def batches(self, texts: Sequence[str], max_length: int, at_least: int = 1) -> list[Any]:
         """With their labels, where all of a batch's are known."""
-        made = super().batches(texts, max_length)
+        made = super().batches(texts, max_length, at_least)
         known = {} if self.rows is None else dict(self.rows.train)
         ordered = sorted(texts, key=len)  # as Batches has them
         if all(text in known for text in ordered):
             import torch
 
             labels = torch.tensor([self._label(known[text]) for text in ordered])
-            size = _BATCH[self.kind]
+            size = self._batch_size(texts, at_least)
             for i, batch in enumerate(made):
                 batch["labels"] = labels[i * size : (i + 1) * size].to(batch["input_ids"].device)
         return made
@@ -268,12 +299,21 @@ class Classifier(Task):
 
 def open_task(name: str, data: str | None) -> Task:
     """Load a model as what it is: an encoder, a language model or a classifier."""
-    from fullrank.core.models import model_kind
+    from fullrank.core.models import head_of, model_kind
 
     kinds: dict[str, Callable[[str, str | None], Task]] = {
         kind.kind: kind for kind in (Encoder, LanguageModel, Classifier)
     }
-    return kinds[model_kind(name)](name, data)
+    kind, head = model_kind(name), head_of(name)
+    if kind == Encoder.kind and head not in _SPARE_HEADS:
+        raise InputError(
+            f"{name} is a model {head}, and its head would be lost: sentence encoders, causal "
+            "language models and text classifiers are shrunk here. In Python, "
+            "fullrank.compress.greenformers and lord_compress take any model"
+        )
+    task = kinds[kind](name, data)
+    task.work_in_float32()
+    return task
 
 
 def read_calibration(path: Path) -> list[str]:
@@ -281,7 +321,8 @@ def read_calibration(path: Path) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"{path}: calibration texts come as .txt or .jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON strings may hold what str.splitlines takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
         texts = [
             json.loads(x)["text"] if path.suffix == ".jsonl" else x for x in lines if x.strip()
         ]

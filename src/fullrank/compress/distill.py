@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +88,23 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.lr > 0:
             raise InputError(f"steps={self.steps}, lr={self.lr}: both must be positive")
+        size, data = self.batch_size, self.data
+        if isinstance(data, Sequence) and len(data) > 1 and isinstance(data[0], str):
+            # One batch is held out, so that few texts are made into two.
+            size = min(size, len(data) // 2)
         source = Batches(
             self.teacher,
-            self.data,
-            batch_size=self.batch_size,
+            data,
+            batch_size=size,
             max_length=self.max_length,
             tokenizer=self.tokenizer,
         )
         self._batches = list(source)
         if len(self._batches) < 2:
-            raise InputError("distillation needs at least two batches, one to check on")
+            raise InputError(
+                "distillation needs at least two batches, one to check on: give two texts or more, "
+                "or data in smaller batches"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self._batches), generator=generator).tolist()
         held = max(1, len(order) // 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,11 +120,27 @@ def model_kind(name: str | Path) -> Kind:
     """
     if _is_sentence_transformer(name):
         return "encoder"
-    auto = require("transformers", extra="hf").AutoConfig
-    architecture = (load_model(name, auto.from_pretrained).architectures or [""])[0]
+    architecture = _architecture(name)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "language model"
     return "classifier" if architecture.endswith("ForSequenceClassification") else "encoder"
+
+
+def head_of(name: str | Path) -> str:
+    """What a model is made for by its configuration: ``"ForMaskedLM"``, or nothing.
+
+    >>> head_of(DEFAULT_ENCODER)
+    ''
+    """
+    if _is_sentence_transformer(name):
+        return ""
+    found = re.search(r"For[A-Z]\w*$", _architecture(name))
+    return found[0] if found else ""
+
+
+def _architecture(name: str | Path) -> str:
+    auto = require("transformers", extra="hf").AutoConfig
+    return str((load_model(name, auto.from_pretrained).architectures or [""])[0])
 
 
 def load_network(name: str | Path) -> Any:
