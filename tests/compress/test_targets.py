@@ -13,9 +13,11 @@ from fullrank.compress import (
     Maestro,
     factorisable,
     greenformers,
+    load,
     lord_compress,
     pela_compress,
     report,
+    save,
 )
 from fullrank.compress.training_targets import training_targets
 from fullrank.core.errors import InputError
@@ -102,3 +104,11 @@ def test_a_bare_layer_cannot_be_replaced_in_place():
     ):
         with pytest.raises(InputError, match="wrap it"):
             shrink(nn.Linear(64, 64))
+
+
+def test_a_model_is_saved_into_the_present_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = greenformers(nn.Sequential(nn.Linear(16, 16)), 0.5)
+    save(model, ".")
+    again = load(tmp_path, into=nn.Sequential(nn.Linear(16, 16)))
+    assert torch.equal(again[0].first, model[0].first)

@@ -133,7 +133,8 @@ def export_dense(model: nn.Module, folder: str | Path) -> str:
 
 
 def _new_folder(folder: str | Path) -> Path:
-    path = Path(folder)
+    # A folder such as "." has no name to derive that of a part from.
+    path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreError(f"{path} exists already; give a new folder")
     return path
