@@ -9,7 +9,7 @@ Importing this package is instant and imports no torch; its subpackages load on 
 
 from typing import TYPE_CHECKING
 
-from fullrank import _transformers
+from fullrank._after_import import after_import
 from fullrank._lazy import lazy_exports
 from fullrank._version import __version__ as __version__
 
@@ -42,5 +42,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
     },
 )
 
+
+def _register_with_transformers() -> None:
+    from fullrank.compress.hub import register
+
+    register()
+
+
 # Shrunk models then load through plain `AutoModel.from_pretrained`.
-_transformers.register_on_import()
+after_import("transformers.quantizers.auto", _register_with_transformers)
