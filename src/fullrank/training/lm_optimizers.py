@@ -18,6 +18,7 @@ from torch import nn
 from fullrank import optim
 from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_name
+from fullrank.optim.matrices import matrix_shape
 from fullrank.training.lm_config import OptimizerSection
 
 Groups = list[dict[str, Any]]
@@ -90,7 +91,8 @@ def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
         matrices = []
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
-            held = getattr(module, name, None)
+            # PEFT's copies of whole layers are what these layers are.
+            held = None if name == "modules_to_save" else getattr(module, name, None)
             if isinstance(held, nn.Module):
                 matrices += [p for p in held.parameters() if p.requires_grad and p.ndim >= 2]
     yield from (p for p in matrices if id(p) not in head)
@@ -170,9 +172,13 @@ def _projected(kind: Any, **fixed: Any) -> Build:
         whole, own = _sorted_options(kind, section.options)
         rank = section.rank or _RANK
         body, *rest = groups
-        # No matrix has more; one that narrow is then stepped whole.
-        own["rank"] = [min(rank, *p.shape) for p in body["params"]]
-        if kind is optim.LIFT:
+        # No matrix has more; one that narrow is then stepped whole. LIFT's masks are of matrices.
+        masks = kind is optim.LIFT
+        own["rank"] = [
+            None if masks and p.ndim != 2 else min(rank, *matrix_shape(p.shape))
+            for p in body["params"]
+        ]
+        if masks:
             own.setdefault("lra_rank", own["rank"])
         return kind([{**body, **own}, *rest], **{**fixed, **whole})  # type: ignore[no-any-return]
 
@@ -202,7 +208,21 @@ def _mkor(kind: Any) -> Build:
 
 
 def _lora_pro(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
-    return optim.LoRAPro(model, lr=section.lr, weight_decay=section.weight_decay, **section.options)
+    """LoRA-Pro on the pairs; what is trained beside them is sorted as with the others."""
+    made = optim.LoRAPro(model, lr=section.lr, weight_decay=section.weight_decay, **section.options)
+    _, *others = made.param_groups
+    del made.param_groups[1:]
+    for group in groups:
+        held = {id(p) for p in group["params"]}
+        named = [
+            (name, param)
+            for other in others
+            for name, param in zip(other["param_names"], other["params"], strict=True)
+            if id(param) in held
+        ]
+        if named:
+            made.add_param_group({**group, "params": named})
+    return made
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
