@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fullrank.compress.batches import Batches
-from fullrank.compress.calibration import CalibrationStats
+from fullrank.compress.calibration import CalibrationStats, LayerStats
+from fullrank.compress.data_checks import (
+    few_samples,
+    leave_dense,
+    nothing_to_go_by,
+    warn_of_few,
+)
 from fullrank.compress.layers_build import build_layer, check_method, shell
 from fullrank.compress.layers_record import Factorised
 from fullrank.compress.layers_record import factorised as factorised
@@ -23,11 +28,8 @@ from fullrank.compress.targets import shared_weights, shares
 from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import canonical_modules
-from fullrank.core.plan import RankPlan
+from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.progress import progress as progress_bar
-
-# Fewer samples than this many a dimension leave directions that the data hardly shows.
-_SAMPLES_PER_DIMENSION = 10
 
 
 def factorize(
@@ -64,7 +66,7 @@ def factorize(
         :func:`~fullrank.compress.split`.
     sequential
         Collect each layer's statistics after the layers before it are replaced. Needs data in
-        place of statistics, and one pass over it for every layer.
+        place of statistics, and one pass over it for every layer; an iterator is made a list.
     faster_on
         A batch of the size that the model will serve: a layer whose factors are slower on it
         than the layer itself, as measured on this machine, is left as it is (see
@@ -84,7 +86,13 @@ def factorize(
         When the plan is for another model or purpose.
     InputError
         When calibration data is missing, empty, constant or not finite, or a weight is not
-        finite.
+        finite. The model is then as it was.
+
+    Warns
+    -----
+    UserWarning
+        Of layers that stay dense because nothing varies in them on the data, while others do not;
+        and of layers that saw few samples.
 
     Examples
     --------
@@ -104,27 +112,93 @@ def factorize(
         raise InputError("this plan's methods need calibration data; pass calibration=")
     if sequential and isinstance(calibration, CalibrationStats):
         raise InputError("sequential factorisation needs data, not statistics of the old model")
-    stats = None
-    if data_driven and not sequential:
-        stats = _statistics(model, targets, plan, calibration, progress)
-        _warn_if_few(stats, targets)
-    new: dict[str, Factorised] = {}
+    if data_driven and sequential and isinstance(calibration, Iterator):
+        # Gone through once for every layer.
+        calibration = list(calibration)
     with progress_bar("factorise", len(targets), progress, "layers") as advance:
-        for name, module in targets.items():
-            advance(1)
-            if not init:
-                new[name] = shell(module, plan[name])
-                continue
-            layers = stats
-            if sequential and data_driven:
-                layers = _statistics(model, {name: module}, plan, calibration, False)
-            layer = layers[name] if layers is not None and name in layers else None
-            new[name] = build_layer(module, plan[name], layer, balance)
-            if sequential:
-                replace_modules(model, {name: new[name]})
-    replace_modules(model, new)
+        if not init:
+            replace_modules(model, {n: shell(m, plan[n]) for n, m in targets.items()})
+        elif data_driven and sequential:
+            _one_after_another(model, targets, plan, calibration, balance, advance)
+        else:
+            stats = None
+            if data_driven:
+                stats = _statistics(model, targets, plan, calibration, progress)
+            replace_modules(model, _at_once(targets, plan, stats, balance, advance))
     mark(model)
     return model
+
+
+def _at_once(
+    targets: Mapping[str, nn.Module],
+    plan: RankPlan,
+    stats: CalibrationStats | None,
+    balance: Balance | None,
+    advance: Callable[[int], None],
+) -> dict[str, Factorised]:
+    """Build all layers from statistics of the model as it is."""
+    layers = {n: stats[n] for n in targets if n in stats} if stats is not None else {}
+    warn_of_few(few_samples(layers))
+    new: dict[str, Factorised] = {}
+    dense: dict[str, str] = {}
+    for name, module in targets.items():
+        advance(1)
+        if why := _why_dense(plan[name], layers.get(name)):
+            dense[name] = why
+        else:
+            new[name] = _built(name, module, plan[name], layers.get(name), balance)
+    leave_dense(dense, bool(new))
+    return new
+
+
+def _one_after_another(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    plan: RankPlan,
+    data: CalibrationStats | Iterable[Any] | None,
+    balance: Balance | None,
+    advance: Callable[[int], None],
+) -> None:
+    """Replace each layer before the next one's statistics; all of them or, on an error, none."""
+    done: dict[str, nn.Module] = {}
+    few: dict[str, tuple[int, int]] = {}
+    dense: dict[str, str] = {}
+    try:
+        for name, module in targets.items():
+            advance(1)
+            layer = None
+            if plan[name].method not in WITHOUT_DATA:
+                layer = _statistics(model, {name: module}, plan, data, False)[name]
+                few |= few_samples({name: layer})
+            if why := _why_dense(plan[name], layer):
+                dense[name] = why
+                continue
+            replace_modules(model, {name: _built(name, module, plan[name], layer, balance)})
+            done[name] = module
+        leave_dense(dense, bool(done))
+    except BaseException:
+        replace_modules(model, done)
+        raise
+    warn_of_few(few)
+
+
+def _why_dense(entry: PlanEntry, stats: LayerStats | None) -> str:
+    if stats is None or not stats.count or entry.method in WITHOUT_DATA:
+        return ""
+    return nothing_to_go_by(stats, entry.method)
+
+
+def _built(
+    name: str,
+    module: nn.Module,
+    entry: PlanEntry,
+    stats: LayerStats | None,
+    balance: Balance | None,
+) -> Factorised:
+    try:
+        return build_layer(module, entry, stats, balance)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def mark(model: nn.Module) -> None:
@@ -190,22 +264,6 @@ def _statistics(
     gradients = any(plan[name].method == "gauss_newton" for name in needed)
     stats = CalibrationStats({name: targets[name] for name in needed}, gradients=gradients)
     return stats.observe(model, Batches(model, calibration), progress=progress)
-
-
-def _warn_if_few(stats: CalibrationStats, targets: dict[str, nn.Module]) -> None:
-    few = [
-        name
-        for name in targets
-        if name in stats and stats[name].count < _SAMPLES_PER_DIMENSION * stats[name].moments.width
-    ]
-    if few:
-        seen = stats[few[0]]
-        warnings.warn(
-            f"{len(few)} layers saw few calibration samples, e.g. {few[0]}: {seen.count} for "
-            f"{seen.moments.width} dimensions; at least {_SAMPLES_PER_DIMENSION} a dimension "
-            "make factors that hold on other data",
-            stacklevel=4,
-        )
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:

@@ -11,12 +11,18 @@ from torch import nn
 
 from fullrank.compress.allocation import allocate, curves_from
 from fullrank.compress.calibration import CalibrationStats
+from fullrank.compress.data_checks import (
+    few_samples,
+    leave_dense,
+    nothing_to_go_by,
+    warn_of_few,
+)
 from fullrank.compress.factorization import mark, replace_modules
 from fullrank.compress.layers_build import factorised_layer
 from fullrank.compress.matrices import matricise
 from fullrank.compress.measured_speed import faster_only
-from fullrank.compress.planning import entry_for
-from fullrank.compress.solvers import Decomposition, Method, decompose
+from fullrank.compress.planning import entry_for, solved
+from fullrank.compress.solvers import Decomposition, Method
 from fullrank.compress.targets import Patterns, factorisable
 from fullrank.core.batches import Batch
 from fullrank.core.errors import InputError
@@ -131,6 +137,7 @@ class PlanFamily:
         self._modules = factorisable(model, include, exclude)
         self._solved: dict[str, Decomposition] = {}
         self._schemes: dict[str, str] = {}
+        dense: dict[str, str] = {}
         with progress_bar("decompose", len(self._modules), progress, "layers") as advance:
             for name, module in self._modules.items():
                 layer = stats.get(name)
@@ -138,14 +145,20 @@ class PlanFamily:
                 found = matricise(module)
                 # One convolution in groups is several matrices, which these methods do not read.
                 if layer is not None and layer.serves(method) and found.stack == 1:
-                    self._solved[name] = decompose(found.matrix, method, layer)
-                    self._schemes[name] = found.scheme
+                    if why := nothing_to_go_by(layer, method):
+                        dense[name] = why
+                    else:
+                        self._solved[name] = solved(name, found, method, layer)
+                        self._schemes[name] = found.scheme
                 advance(1)
+        leave_dense(dense, bool(self._solved))
         if not self._solved:
             raise InputError(
                 "none of the model's layers saw calibration data"
                 + (", with gradients=True" if method == "gauss_newton" else "")
             )
+        if method != "svd":
+            warn_of_few(few_samples({name: stats[name] for name in self._solved}))
         self._fingerprint = model_fingerprint(model)
         self._curves = curves_from(self.spectra, grid, relative=method != "gauss_newton")
 

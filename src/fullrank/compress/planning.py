@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fullrank.compress.calibration import CalibrationStats
+from fullrank.compress.calibration import CalibrationStats, LayerStats
+from fullrank.compress.data_checks import leave_dense, nothing_to_go_by
 from fullrank.compress.matrices import Matricised, matricise
 from fullrank.compress.matrices_conv import CONVOLUTIONS, ConvScheme, scheme_for
-from fullrank.compress.solvers import Method, decompose
+from fullrank.compress.solvers import Decomposition, Method, decompose
 from fullrank.compress.targets import Patterns, factorisable
 from fullrank.core.errors import InputError
 from fullrank.core.names import model_fingerprint
@@ -37,8 +38,8 @@ def layer_spectra(
     """Singular values of every layer that could be factorised, most important first.
 
     With statistics they are of what the layer puts out on the calibration data (square roots of
-    the method's losses), without of its weight. Layers that saw no calibration data are left
-    out.
+    the method's losses), without of its weight. Layers that saw no calibration data, or nothing
+    that varies, are left out; of the latter a warning tells.
 
     Parameters
     ----------
@@ -50,7 +51,8 @@ def layer_spectra(
         ``"svd"`` without statistics and ``"output_pca"`` with them, unless told otherwise.
     """
     use = method or ("svd" if stats is None else "output_pca")
-    spectra = {}
+    spectra: dict[str, LayerSpectrum] = {}
+    dense: dict[str, str] = {}
     for name, module in factorisable(model, include, exclude).items():
         found = _read(module, scheme, use)
         if use in WITHOUT_DATA:
@@ -59,9 +61,21 @@ def layer_spectra(
         layer = stats.get(name) if stats is not None else None
         if layer is None or not layer.serves(use) or found.stack > 1:
             continue
-        loss = decompose(found.matrix, use, layer).loss.cpu().numpy()
+        if why := nothing_to_go_by(layer, use):
+            dense[name] = why
+            continue
+        loss = solved(name, found, use, layer).loss.cpu().numpy()
         spectra[name] = LayerSpectrum(np.sqrt(loss)[: min(found.shape)], found.shape)
+    leave_dense(dense, bool(spectra))
     return spectra
+
+
+def solved(name: str, found: Matricised, method: Method, stats: LayerStats) -> Decomposition:
+    """Decompose a layer's matrix; an error names the layer."""
+    try:
+        return decompose(found.matrix, method, stats)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _read(module: nn.Module, scheme: ConvScheme, method: str) -> Matricised:
@@ -148,7 +162,10 @@ def make_plan(
             entries[name] = entry_for(found.shape, ranks[name], *how)
             continue
         entry = entry_for(found.shape, None, *how)
+        layer = stats.get(name) if stats is not None else None
         why = "the model did not use it on the data"
+        if layer is not None and layer.serves(use):
+            why = nothing_to_go_by(layer, use) or why
         if found.stack > 1:
             why = f"a convolution in groups is not factorised by {use!r}"
         entries[name] = replace(entry, reason=why)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fullrank.compress.calibration import LayerStats
+from fullrank.compress.data_checks import nothing_to_go_by
 from fullrank.compress.layers import LowRankLinear
 from fullrank.compress.semi_nmf import semi_nmf
 from fullrank.core.errors import InputError
@@ -243,10 +244,8 @@ def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
         raise InputError(f"method {method!r} needs calibration data")
     if stats.count == 0:
         raise InputError("the layer saw no calibration data")
-    covariance = stats.moments.covariance
-    # Below this the difference of the two moments is rounding.
-    if not covariance.diagonal().sum() > 1e-13 * stats.moments.second_moment.diagonal().sum():
-        raise InputError("what flows through the layer never varies on the calibration data")
+    if why := nothing_to_go_by(stats, method):
+        raise InputError(why)
     if method == "gauss_newton" and (stats.reaction is None or not stats.reaction.gradient.count):
         raise InputError("method 'gauss_newton' needs statistics collected with gradients=True")
 
