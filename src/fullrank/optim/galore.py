@@ -55,7 +55,9 @@ class GaLoreAdamW(ProjectedOptimizer):
     moments
         At a refresh: ``"keep"`` reads the moments in the new basis as they are (paper; signs of
         basis vectors are aligned with the old ones), ``"reset"`` starts them and their bias
-        correction over, ``"rotate"`` re-expresses the first moment in the new basis.
+        correction over, ``"rotate"`` re-expresses the first moment in the new basis. The second
+        one is not rotated: where it was almost nothing, which 8 bits round to nothing, the first
+        steps in the new basis can be very large, most of all with ``proj_type="full"``.
     gemm
         ``"bfloat16"``: matrix products into and out of the subspace round their factors to
         bfloat16 and add up in float32, faster where the hardware has such products. Bases,
