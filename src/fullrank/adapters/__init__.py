@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fullrank._after_import import after_import
 from fullrank._lazy import lazy_exports
 
 if TYPE_CHECKING:
@@ -47,3 +48,11 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RandLoraConfig": "randlora",
     },
 )
+
+
+def _register_with_peft() -> None:
+    from fullrank.adapters import lora_factorised as lora_factorised
+
+
+# PEFT then puts LoRA on factorised layers too.
+after_import("peft.tuners.lora", _register_with_peft)

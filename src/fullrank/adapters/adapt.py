@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fullrank.adapters.adapt_methods import METHODS, Found, Method, Request
+from fullrank.adapters.bases import is_conv1d, is_factorised, is_linear, shape_of
 from fullrank.core.errors import InputError, PlanError, require
 from fullrank.core.names import canonical_name
 from fullrank.core.plan import RankPlan
@@ -116,7 +117,8 @@ def adapt(
         Batches: of the model's arguments (with labels for ``"lora_ga"`` and ``"lora_sb"``), or
         what ``forward_fn`` or ``loss_fn`` take. Methods that need none leave them alone.
     targets
-        Which linear layers: ends of names (``"query"``), or shell patterns over whole names; by
+        Which linear layers, factorised ones included: ends of names (``"query"``), or shell
+        patterns over whole names; by
         default all but the output head, the classifier (``task_type="SEQ_CLS"``) and the pooler
         (``"FEATURE_EXTRACTION"``).
     alpha
@@ -144,8 +146,8 @@ def adapt(
     ------
     InputError
         On an unknown method or option, a pattern that matches nothing, a rank above what a layer
-        allows, missing or unfit data, a quantised layer where the method changes weights. After
-        any error the model is as it was.
+        allows, missing or unfit data, a quantised or factorised layer where the method changes
+        weights. After any error the model is as it was.
     PlanError
         When the plan is of another model or purpose.
 
@@ -170,7 +172,7 @@ def adapt(
     ranks = {name: wanted if planned is None else planned for name, planned in found.items()}
     transposed = _check_ranks(model, ranks)
     if not row.quantised:
-        _check_quantised(model, ranks, row)
+        _check_weights(model, ranks, row)
     if plan is not None and method == "eva":
         options.setdefault("rho", 1.0)
     began = time.perf_counter()
@@ -198,14 +200,10 @@ def _method(name: str, options: Mapping[str, Any]) -> Method:
     return METHODS[name]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _targets(
     model: nn.Module, targets: str | Sequence[str] | None, task_type: str | None
 ) -> dict[str, int | None]:
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     if targets is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         others = _LEFT_OUT.get(task_type or "", ())
@@ -253,9 +251,7 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> bool:
     transposed = False
     for name, rank in ranks.items():
         module: Any = model.get_submodule(name)
-        # A quantised weight is packed: its shape is not the layer's.
-        linear = isinstance(module, nn.Linear)
-        shape = (module.out_features, module.in_features) if linear else module.weight.shape
+        shape = shape_of(module)
         most = min(shape)
         if not 1 <= rank <= most:
             raise InputError(
@@ -263,14 +259,21 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> bool:
                 f"{rank} is not in [1, {most}]; give a smaller rank, a plan, or leave the layer "
                 "out of targets"
             )
-        transposed |= type(module).__name__ == "Conv1D"
+        transposed |= is_conv1d(module)
     return transposed
 
 
-def _check_quantised(model: nn.Module, names: Iterable[str], method: Method) -> None:
+def _check_weights(model: nn.Module, names: Iterable[str], method: Method) -> None:
     """Raise where a method would change a weight that is no matrix of floating-point numbers."""
     for name in names:
-        weight: Any = model.get_submodule(name).weight
+        module: Any = model.get_submodule(name)
+        if is_factorised(module):
+            raise InputError(
+                f"{canonical_name(name)} is factorised, and {method.title} changes or decomposes "
+                "weights: put it on the dense model, leave the layer out of targets, or take lora "
+                "or eva"
+            )
+        weight = module.weight
         if not weight.is_floating_point() or type(weight).__name__ in _QUANTISED:
             raise InputError(
                 f"{canonical_name(name)} is quantised ({weight.dtype}), and {method.title} changes "

@@ -79,7 +79,7 @@ class Method:
     optimizer
         The optimizer it is meant for, where that is a particular one.
     quantised
-        Whether the base's weights may be quantised.
+        Whether the base's weights may be quantised, or products of factors.
     rank
         Where none is asked for.
     planned

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fullrank.adapters.bases import is_linear
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError
 
@@ -55,8 +56,7 @@ def keep_dtype(layer: Any, adapter: str, dtype: torch.dtype) -> None:
 
 
 def _is_matrix(layer: Any) -> bool:
-    base = layer.get_base_layer()
-    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+    return is_linear(layer.get_base_layer())
 
 
 def token_mask(batch: Any, *, labels: bool) -> Tensor | None:

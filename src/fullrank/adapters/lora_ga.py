@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fullrank.adapters.bases import is_factorised
 from fullrank.adapters.gradient_sketch import GradientSketch, sketches
 from fullrank.adapters.gradients import GradientSum, check_size, fold_gradients, loss_of
 from fullrank.adapters.layer_inputs import keep_dtype, lora_layers
@@ -269,6 +270,11 @@ def _report(
 
 
 def _weight(name: str, layer: Any) -> Tensor:
+    if is_factorised(layer.get_base_layer()):
+        raise InputError(
+            f"{canonical_name(name)} is factorised; LoRA-GA changes the weight: put it on the "
+            "dense model, or take lora or eva"
+        )
     weight: Tensor = layer.get_base_layer().weight
     if not weight.is_floating_point():
         raise InputError(

@@ -91,3 +91,7 @@ class LoraSBModel(TunerModel):
     def takes_quantised(self, config: Any) -> bool:
         """Only for factors that come from elsewhere: a start needs the weight or its gradient."""
         return bool(config.init == "given")
+
+    def takes_factorised(self, config: Any) -> bool:
+        """Only for a start that needs no gradient of the weight, which factors do not have."""
+        return bool(config.init != "update")

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fullrank.adapters.tuner_layer import TunerLayer, shape_of
+from fullrank.adapters.bases import (
+    include_all_linear,
+    is_factorised,
+    is_linear,
+    record_factorised,
+    shape_of,
+)
+from fullrank.adapters.tuner_layer import TunerLayer
 from fullrank.core.errors import InputError, require
 from fullrank.core.names import canonical_name
 
@@ -53,6 +60,10 @@ class TunerModel(_tuners.BaseTuner):  # type: ignore[misc]
         """Whether base weights may be packed integers: by default not."""
         return False
 
+    def takes_factorised(self, config: Any) -> bool:
+        """Whether base layers may be factors: by default they may, since they run as any other."""
+        return True
+
     def most(self, config: Any, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the rank that is asked of a layer ``(out, in)``, and the largest it allows."""
         return config.r, min(shape)
@@ -66,7 +77,7 @@ class TunerModel(_tuners.BaseTuner):  # type: ignore[misc]
     def _check_targets(self, model: nn.Module, config: Any) -> None:
         """Raise before anything is changed on layers that the adapter cannot be put on."""
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        _tuners._maybe_include_all_linear_layers(config, model)
+        include_all_linear(config, model)
         wrapped = [n for n, m in model.named_modules() if isinstance(m, _tuners.BaseTunerLayer)]
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in wrapped)
@@ -78,7 +89,12 @@ class TunerModel(_tuners.BaseTuner):  # type: ignore[misc]
 
     def _check_layer(self, name: str, module: Any, config: Any) -> None:
         weight = getattr(module, "weight", None)
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if is_factorised(module) and not self.takes_factorised(config):
+            raise InputError(
+                f"{name} is factorised, and {self.title} starts from its weight's gradient: put "
+                "it on the dense model, or leave the layer out of target_modules"
+            )
+        linear = is_linear(module)
         packed = weight is None or not weight.is_floating_point()
         if not linear or (packed and not self.takes_quantised(config)):
             raise InputError(
@@ -112,6 +128,20 @@ class TunerModel(_tuners.BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if is_factorised(new_module):
+            # PEFT would hand a weight over to it.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **options: Any) -> Any:
+        found = super()._unload_and_optionally_merge(*args, **options)
+        record_factorised(found)
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: each layer keeps its tensors in the type that the method asks for."""

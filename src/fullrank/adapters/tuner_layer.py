@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fullrank.adapters.bases import is_factorised, is_transposed, shape_of
 from fullrank.adapters.lora_files import LowRank
 from fullrank.core.errors import InputError, require
 
@@ -39,7 +40,7 @@ class Held(NamedTuple):
 
 
 class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
-    """An ``nn.Linear`` or ``Conv1D`` with adapters beside it.
+    """An ``nn.Linear`` or ``Conv1D``, or factors in its place, with adapters beside it.
 
     A tuner gives :attr:`held`, :meth:`make` and :meth:`add_update`, and either :meth:`to_lora` or
     :meth:`get_delta_weight`.
@@ -96,8 +97,10 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
             setattr(self, name, {})
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        # In a tuple, lest it is a part of the model.
+        self._factors: tuple[nn.Module, ...] = ()
         self.out_features, self.in_features = shape_of(self.get_base_layer())
-        self.fan_in_fan_out = not isinstance(self.get_base_layer(), nn.Linear)
+        self.fan_in_fan_out = is_transposed(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -212,6 +215,8 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight, which is kept aside until :meth:`unmerge`.
 
+        Factors are kept aside too, with the dense layer in their place.
+
         Parameters
         ----------
         safe_merge
@@ -243,6 +248,10 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
                     f"merging adapter {name!r} gives weights that are not finite; its numbers are"
                     " broken, or too large for the base's type"
                 )
+            if is_factorised(inner):
+                self._factors = (inner,)
+                inner = inner.to_dense()
+                self._put_base(inner)
             if self._unmerged is None:
                 self._unmerged = (
                     inner.weight.data,
@@ -259,10 +268,20 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
             return
         inner = self.get_base_layer()
         weight, bias = self._unmerged
-        inner.weight.data = weight.to(inner.weight)
-        _set_bias(inner, None if bias is None else bias.to(inner.weight))
+        if self._factors:
+            self._put_base(self._factors[0].to(inner.weight.device, inner.weight.dtype))
+            self._factors = ()
+        else:
+            inner.weight.data = weight.to(inner.weight)
+            _set_bias(inner, None if bias is None else bias.to(inner.weight))
         self._unmerged = None
         self.merged_adapters.clear()
+
+    def _put_base(self, layer: nn.Module) -> None:
+        holder: Any = self
+        while isinstance(holder.base_layer, _tuners.BaseTunerLayer):
+            holder = holder.base_layer
+        holder.base_layer = layer
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may decompose an adapter's update into a LoRA: it adds to the weight."""
@@ -293,14 +312,6 @@ class TunerLayer(nn.Module, _tuners.BaseTunerLayer):  # type: ignore[misc]
                 tensor.data = tensor.data.to(target, dtype)
             else:
                 entries[adapter_name] = tensor.to(target, dtype)
-
-
-def shape_of(layer: Any) -> tuple[int, int]:
-    """``(out, in)`` of a linear layer, quantised or not."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    width, out = layer.weight.shape
-    return out, width
 
 
 def _sum(tensor: Tensor, update: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fullrank.adapters.bases import register_factorised
 from fullrank.compress.layers_weight import product_weight
 from fullrank.core.errors import InputError, require
 
@@ -188,3 +189,12 @@ class LowRankLinear(nn.Module):
 def _interval(fan_in: int, widen: float = 1.0) -> tuple[float, float]:
     bound = widen / math.sqrt(fan_in)
     return -bound, bound
+
+
+def _record(model: nn.Module) -> None:
+    from fullrank.compress.factorization import mark
+
+    mark(model)
+
+
+register_factorised(LowRankLinear, _record)
