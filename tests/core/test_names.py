@@ -64,3 +64,10 @@ def test_the_fingerprint_sees_shapes_and_names_not_values():
     renamed.other = renamed.inner
     del renamed.inner
     assert first != model_fingerprint(renamed)
+
+
+def test_where_two_would_have_one_name_prefixes_stay():
+    inner = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    assert [name for name, _ in named_linears(nn.Sequential(inner))] == ["0", "1"]
+    both = nn.Sequential(inner, nn.Linear(4, 4))
+    assert [name for name, _ in named_linears(both)] == ["0.model.0", "0.model.1", "1"]

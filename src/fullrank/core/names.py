@@ -6,6 +6,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
+from fullrank.core.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -44,11 +46,12 @@ def _within(name: str) -> str:
     return _BASE_LAYER.sub("", _INSIDE.sub("", name))
 
 
-def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def canonical_modules(model: nn.Module, *, strict: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yield ``(canonical name, module)`` of every module, shared ones once.
 
     A model may have attributes that are named as a wrapper's are. Where two modules with
-    parameters of their own would get one name, nothing is wrapped and such prefixes stay.
+    parameters of their own would get one name, nothing is wrapped and such prefixes stay; or,
+    if ``strict``, an :class:`~fullrank.core.errors.InputError` names both.
 
     >>> from torch import nn
     >>> inner = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
@@ -62,7 +65,13 @@ def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in modules:
         if any(parameter is not None for parameter in module._parameters.values()):
             owners.setdefault(canonical_name(name), set()).add(_within(name))
-    clash = any(len(names) > 1 for names in owners.values())
+    clash = next((names for names in owners.values() if len(names) > 1), None)
+    if clash and strict:
+        one, other = sorted(clash)[:2]
+        raise InputError(
+            f"{one!r} and {other!r} have one name without the prefix that wrappers add "
+            f"({canonical_name(one)!r}): rename the attribute that is named as a wrapper's"
+        )
     for name, module in modules:
         yield (_within if clash else canonical_name)(name), module
 
