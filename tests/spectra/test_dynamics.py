@@ -72,6 +72,34 @@ def test_any_lengths_match_the_definition(lengths, width, stride, most, seed):
         assert got == pytest.approx(expected, abs=2e-5)
 
 
+HARD = {
+    "a large common mean": lambda x: x + 1e6,
+    "one feature far out": lambda x: torch.cat([1e4 * x[..., :1], x[..., 1:]], -1),
+    "few states, repeated": lambda x: x[:, torch.arange(x.shape[1]) % 7],
+    "one direction, and noise": lambda x: x[..., :1] * x[:, :1] + 1e-6 * x,
+    "even": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("width", [24, 130])
+def test_hard_spectra_in_float64(kind, width):
+    hidden = HARD[kind](draw(2, 120, width))
+    found = rank_dynamics(hidden, torch.arange(120) < torch.tensor([[120], [100]]), 10, 110)
+    for row, length in enumerate((120, 100)):
+        got = [float(measure[row]) for measure in found]
+        assert got == pytest.approx(by_definition(hidden[row, :length], 10, 110), abs=1e-8)
+
+
+def test_a_large_common_mean_in_float32():
+    hidden = (draw(2, 120, 130) + 1e5).float()
+    found = rank_dynamics(hidden, torch.arange(120) < torch.tensor([[120], [70]]), 10)
+    for row, length in enumerate((120, 70)):
+        got = [float(measure[row]) for measure in found]
+        expected = by_definition(hidden[row, :length].double(), 10, 512)
+        assert got == pytest.approx(expected, abs=2e-3)
+
+
 def test_padding_never_counts_and_batches_do_not_matter():
     hidden = draw(3, 30, 8)
     mask = torch.arange(30) < torch.tensor([30, 17, 9])[:, None]
@@ -103,10 +131,14 @@ def test_strides_dtypes_and_gradients():
     assert torch.isfinite(rank_dynamics(hidden.bfloat16(), stride=4).erv).all()
 
 
-def test_constant_states_have_no_rank():
-    found = rank_dynamics(torch.ones(1, 30, 4), stride=5)
-    assert found.er.item() == pytest.approx(1, abs=1e-5) or found.er.item() < 1.01
-    assert found.erv.item() == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_constant_states_have_rank_one_as_the_definition_has_it(dtype):
+    hidden = draw(1, 1, 80).to(dtype).expand(1, 70, 80)
+    found = rank_dynamics(hidden, stride=5)
+    assert [float(measure) for measure in found] == pytest.approx([1, 0, 0], abs=1e-8)
+    assert effective_rank(torch.ones(30, 4), center=True, eps=1e-8, eps_in="log") == 1
+    assert effective_rank(torch.ones(1, 4), center=True, eps=1e-8, eps_in="log") == 0
+    assert effective_rank(torch.ones(30, 4), center=True, eps=1e-7) == 0
 
 
 @pytest.mark.parametrize(

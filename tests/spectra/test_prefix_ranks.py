@@ -101,9 +101,10 @@ def test_rows_that_are_alike():
     ],
 )
 def test_long_responses_match_short_ways(width, most, lengths):
-    hidden = walk(3, 180, width, 5)
+    hidden = walk(3, 180, width, 5).float()
     mask = torch.arange(180) < torch.tensor(lengths)[:, None]
     found = rank_dynamics(hidden, mask, 20, most)
+    hidden = hidden.double()
     for row, length in enumerate(lengths):
         rows = hidden[row, :length]
         whole = float(by_svd(rows[None], torch.tensor([[length]]))) if length > 1 else 0.0

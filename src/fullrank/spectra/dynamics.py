@@ -1,13 +1,14 @@
 """How the rank of a response's hidden states grows, token by token: VERL's three measures.
 
 The rank of the whole (ER), its velocity (ERV) and its acceleration (ERA) along the tokens
-(arXiv 2509.23808). Prefixes of a response share one Gram matrix, and long ones its Cholesky
-factors (:mod:`fullrank.spectra.prefix_ranks`): none costs a fresh decomposition of its rows.
+(arXiv 2509.23808). Prefixes of a response share one Gram matrix; in float32 long ones share its
+Cholesky factors (:mod:`fullrank.spectra.prefix_ranks`). Only where squares lose what float64 has,
+in rows that are nearly dependent, are a prefix's own rows decomposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from fullrank.spectra.prefix_ranks import prefix_ranks
 _EPS = 1e-8
 # Prefixes of up to so many rows are no work as eigenvalue problems of their own.
 _SMALL = 64
+# Squared singular values below this share of the largest have lost digits in a Gram matrix; as
+# much is lost of the spread of rows whose common mean is larger by the root of the inverse.
+_LOST = 1e-9
 
 
 class RankDynamics(NamedTuple):
@@ -52,7 +56,8 @@ def rank_dynamics(
     ----------
     hidden
         ``(B, T, D)`` last-layer states, the row of a token being the state that produced it.
-        Worked on in float64, but where float32 is enough for those that are given in it.
+        What is given in float64 is worked on in float64, and exact to 1e-8 of it. What is given
+        in float32 or less has longer prefixes in float32: see below.
     mask
         ``(B, T)``, True on a response's tokens, anywhere in the row; None takes all.
     stride
@@ -64,8 +69,9 @@ def rank_dynamics(
     Returns
     -------
     RankDynamics
-        In float64, on the device of ``hidden``. Ranks of more than 64 tokens (and not more than
-        the width) are to about 1e-5 of theirs, others to rounding.
+        In float64, on the device of ``hidden``. For float32, ranks of more than 64 tokens (and
+        not more than the width) are off by about 1e-6 of theirs where spectra are even, by up to
+        6e-4 where one direction holds almost all; others to rounding.
 
     Raises
     ------
@@ -86,13 +92,16 @@ def rank_dynamics(
     window = _last(hidden, lengths, kept)
     counts = ((kept + stride - 1) // stride - 1).clamp_min(0)
     sizes = [j * stride + 1 for j in range(1, int(counts.max()) + 1)]
-    er, series = _many_ranks(window, kept, sizes)
+    width = hidden.shape[2]
+    # Whole windows and prefixes of middle size, where float32 is enough.
+    smallest = width if hidden.dtype == torch.float64 else _SMALL
+    er, series = _many_ranks(window, kept, sizes, smallest)
     # A window that is not all of a response, few tokens, and more tokens than dimensions.
-    other = (kept < lengths) | (kept <= _SMALL) | (kept > hidden.shape[2])
+    other = (kept < lengths) | (kept <= smallest) | (kept > width)
     if bool(other.any()):
         er[other] = _ranks(hidden[other], lengths[other])
-    few = [j for j, size in enumerate(sizes) if size <= _SMALL or size > hidden.shape[2]]
-    for j, ranks in _one_by_one(window, counts, {j: sizes[j] for j in few}):
+    few = [j for j, size in enumerate(sizes) if size <= smallest or size > width]
+    for j, ranks in _one_by_one(window, kept, counts, {j: sizes[j] for j in few}):
         series[:, j] = ranks
     return RankDynamics(er, *_differences(series, counts))
 
@@ -143,58 +152,85 @@ def _last(hidden: Tensor, lengths: Tensor, kept: Tensor) -> Tensor:
 
 def _ranks(hidden: Tensor, lengths: Tensor) -> Tensor:
     """Effective rank of each response's first ``lengths`` rows; rows behind them are zero."""
-    hidden = hidden.double()
-    ranks = hidden.new_zeros(len(hidden))
-    rows = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-    mean = hidden.sum(1) / lengths.clamp_min(1)[:, None]
-    centred = (hidden - mean[:, None]) * rows[..., None]
-    tall = hidden.shape[1] > hidden.shape[2]
-    gram = centred.mT @ centred if tall else centred @ centred.mT
+    ranks = hidden.new_zeros(len(hidden), dtype=torch.float64)
     many = lengths >= 2
-    ranks[many] = _effective_rank(gram[many])
+    lengths = lengths[many]
+    centred = _less_mean(hidden[many].double(), lengths)
+    tall = centred.shape[1] > centred.shape[2]
+    gram = centred.mT @ centred if tall else centred @ centred.mT
+    exact = hidden.dtype == torch.float64
+    most = (lengths - 1).clamp(max=centred.shape[2])
+    ranks[many] = _effective_rank(gram, most, exact, lambda hard: centred[hard])
     return ranks
 
 
-def _many_ranks(window: Tensor, kept: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+def _less_mean(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Rows minus the mean of each sequence's first ``lengths``; zero behind them."""
+    inside = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).to(rows)
+    weights = (inside / lengths.clamp_min(1)[:, None])[:, None]
+    for _ in range(2):  # what is left of rows that are all alike is one rounding, and alike
+        rows = (rows - weights @ rows) * inside[..., None]
+    return rows
+
+
+def _many_ranks(
+    window: Tensor, kept: Tensor, sizes: list[int], smallest: int
+) -> tuple[Tensor, Tensor]:
     """Effective ranks of whole windows ``(B,)`` and of prefixes ``(B, K)`` of middle sizes.
 
     All of them from a few factorisations; 0 for the sizes that :func:`_one_by_one` is for.
     """
     width = window.shape[2]
     series = window.new_zeros(len(window), len(sizes), dtype=torch.float64)
-    middle = [j for j, size in enumerate(sizes) if _SMALL < size <= width]
-    if not middle and not bool(((kept > _SMALL) & (kept <= width)).any()):
+    middle = [j for j, size in enumerate(sizes) if smallest < size <= width]
+    if not middle and not bool(((kept > smallest) & (kept <= width)).any()):
         return series.new_zeros(len(window)), series
     wanted = torch.tensor([sizes[j] for j in middle], dtype=torch.int64, device=kept.device)
-    # The last column is that of the whole window.
-    wanted = torch.cat([wanted.expand(len(kept), -1), kept.clamp(2, width)[:, None]], dim=1)
+    # The last column is that of the whole window. Beyond it no prefix counts.
+    whole = kept.clamp(2, width)[:, None]
+    wanted = torch.cat([torch.minimum(wanted[None], whole), whole], dim=1)
     found = prefix_ranks(window[:, : int(wanted.max())], wanted, _EPS)
     series[:, middle] = found[:, :-1]
     return found[:, -1].clone(), series
 
 
 def _one_by_one(
-    window: Tensor, counts: Tensor, sizes: Mapping[int, int]
+    window: Tensor, kept: Tensor, counts: Tensor, sizes: Mapping[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield ``(j, ranks (B,))`` of the j-th prefixes, by an eigenvalue problem for each size."""
-    width = window.shape[2]
+    if not sizes:
+        return
+    width, exact = window.shape[2], window.dtype == torch.float64
+    # Centring a prefix takes away any constant; what is large in common is best gone first.
+    most = max(sizes.values())
+    rows = _less_mean(window[:, :most].double(), kept.clamp(max=most))
     short = max((size for size in sizes.values() if size <= width), default=0)
-    first = window[:, :short].double()
-    gram = first @ first.mT
+    gram = rows[:, :short] @ rows[:, :short].mT
     scatter = total = torch.zeros((), dtype=gram.dtype, device=gram.device)
     done = 0
     for j, size in sizes.items():
         there = counts > j
-        ranks = gram.new_zeros(len(window))
         if size <= width:
-            ranks[there] = _effective_rank(_centred(gram[there, :size, :size]))
+            prefix = gram[there, :size, :size]
+            squares = prefix.diagonal(dim1=1, dim2=2).sum(1)
+            centred = _centred(prefix)
         else:
             # Wider than it is long no more: the other product is smaller, and has full rank.
-            new = window[:, done:size].double()
+            new = rows[:, done:size]
             scatter, total, done = scatter + new.mT @ new, total + new.sum(1), size
             mean = total / size
-            moved = scatter - size * mean[:, :, None] * mean[:, None, :]
-            ranks[there] = _effective_rank(moved[there])
+            squares = scatter.diagonal(dim1=1, dim2=2).sum(1)[there]
+            centred = (scatter - size * mean[:, :, None] * mean[:, None, :])[there]
+        ranks = gram.new_zeros(len(window))
+        ranks[there] = _effective_rank(
+            centred,
+            torch.full_like(kept[there], min(size - 1, width)),
+            exact,
+            lambda hard, there=there, size=size: _less_mean(  # type: ignore[misc]
+                rows[there][hard, :size], kept[there][hard].clamp(max=size)
+            ),
+            squares,
+        )
         yield j, ranks
 
 
@@ -205,9 +241,40 @@ def _centred(gram: Tensor) -> Tensor:
     return centred
 
 
-def _effective_rank(gram: Tensor) -> Tensor:
-    """Effective rank of matrices given by a Gram matrix each, ``(B, n, n)``."""
-    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+def _effective_rank(
+    gram: Tensor,
+    most: Tensor,
+    exact: bool,
+    rows: Callable[[Tensor], Tensor],
+    squares: Tensor | None = None,
+) -> Tensor:
+    """Effective rank of matrices ``(B, n, n)`` given by a Gram matrix each.
+
+    Parameters
+    ----------
+    gram, most
+        Of the centred rows, and the rank ``(B,)`` that they can have.
+    exact
+        Whether digits of small singular values count.
+    rows
+        From which of the matrices ``(B,)`` to their centred rows.
+    squares
+        ``(B,)`` sum of the squares of the rows that were centred in the Gram matrix.
+    """
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    n = values.shape[1]
+    first = (n - most).clamp_min(0)
+    # What is beyond the largest possible rank is rounding.
+    values = values * (torch.arange(n, device=values.device) >= first[:, None])
+    sigma = values.sqrt()
+    hard = torch.zeros_like(most, dtype=torch.bool)
+    if squares is not None:
+        hard |= values.sum(1) < _LOST * squares
+    if exact:
+        hard |= values.gather(1, first.clamp(max=n - 1)[:, None])[:, 0] < _LOST * values[:, -1]
+    if bool(hard.any()):
+        own = torch.linalg.svdvals(rows(hard))
+        sigma[hard] = torch.nn.functional.pad(own, (0, n - own.shape[1]))
     p = sigma / (sigma.sum(-1, keepdim=True) + _EPS)
     entropy: Tensor = -(p * (p + _EPS).log()).sum(-1)
     return entropy.exp()

@@ -3,13 +3,14 @@
 All of them look at singular values alone. They take a matrix ``(N, K)`` and return a float, or a
 batch ``(..., N, K)`` and return a tensor of the leading shape; with ``input="singular_values"``
 the last dimension holds singular values instead. Everything is computed in float64.
-A matrix of zeros has rank 0 by every measure.
+A matrix of zeros has rank 0 by every measure, but where :func:`effective_rank` is asked for VERL's.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,8 @@ def effective_rank(
     Returns
     -------
     float or Tensor
-        A tensor for batches. 0 for a zero matrix (and so for one row that is centred).
+        A tensor for batches. 0 for a zero matrix; with ``eps_in="log"`` and an eps, 1, which is
+        what the formula says, but 0 for fewer than two rows that are centred (VERL).
 
     Raises
     ------
@@ -76,12 +78,22 @@ def effective_rank(
     total = values.sum(-1, keepdim=True)
     zero = total <= 0
     if eps_in == "log":
+        if eps > 0:
+            alone = _rows(x, mask) < 2 if center else torch.tensor(False)
+            zero = zero & alone.to(zero.device)
         p = values / (total + eps).clamp_min(1e-300)
         entropy = -(p * (p + eps).clamp_min(1e-300).log()).sum(-1)
     else:
         p = values / torch.where(zero, 1.0, total) + eps
         entropy = -torch.special.xlogy(p, p).sum(-1)
     return _result(torch.where(zero.squeeze(-1), 0.0, entropy.exp()))
+
+
+def _rows(x: Any, mask: Any) -> Tensor:
+    """How many rows of a matrix count, ``(..., 1)``."""
+    if mask is None:
+        return torch.tensor(np.shape(x)[-2])
+    return torch.as_tensor(mask).bool().sum(-1, keepdim=True)
 
 
 @torch.no_grad()

@@ -80,7 +80,13 @@ def prefix_ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
 
 def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
     # Any constant may be taken off the rows first: near zero, less is lost by centring prefixes.
-    rows = rows - rows.mean(1, keepdim=True)
+    real = torch.arange(rows.shape[1], device=rows.device) < sizes.amax(1)[:, None]
+    if real.all():
+        rows = rows - rows.mean(1, keepdim=True)
+    else:
+        # What stands behind the longest prefix has no part in it.
+        weights = (real / sizes.amax(1)[:, None]).to(rows.dtype)[:, None]
+        rows = torch.where(real[..., None], rows - weights @ rows, 0.0)
     if rows.dtype == torch.float32 and not _SMALLEST < float(rows.abs().max()) < 1 / _SMALLEST:
         rows = rows.double()
     products = _gram(rows)
