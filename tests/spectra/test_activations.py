@@ -165,9 +165,32 @@ def test_shapes_that_a_mask_can_and_cannot_be_read_in():
     assert flat == pytest.approx(Spectrum(real).values, rel=1e-6)
     heads = run(lambda x: x.reshape(2, 5, 2, 4).transpose(1, 2))
     assert heads == pytest.approx(Spectrum(real.reshape(-1, 4)).values, rel=1e-6)
-    with pytest.raises(InputError, match="do not line up"):
-        run(lambda x: x[:, :3])
+    by_head = run(lambda x: x.reshape(2, 5, 2, 4))
+    assert by_head == pytest.approx(heads, rel=1e-6)
+    positions_first = run(lambda x: x.transpose(0, 1).contiguous())
+    assert positions_first == pytest.approx(flat, rel=1e-6)
+    for change in (lambda x: x[:, :3], lambda x: x[:, :3].transpose(0, 1)):
+        with pytest.raises(InputError, match="do not line up"):
+            run(change)
     assert len(run(lambda x: x[:, :4], torch.ones_like(mask))) == 8
+
+
+def test_generation_goes_on_from_a_padded_prompt():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(3, 40, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
+    batch["attention_mask"][0, :2] = 0
+    with ActivationMeter(model, "model.norm") as meter:
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert meter["model.norm"].count == 10 + 2 * 3  # the last token is not read
 
 
 @pytest.mark.filterwarnings("ignore:.*their spectrum has at most")

@@ -31,7 +31,9 @@ class ActivationMeter:
 
     Each position of each sample is a vector, along the last dimension (the channels, for
     convolutions). Padding never counts: where the model is given an ``attention_mask``
-    ``(samples, positions)``, by name or in its first argument, vectors it masks are left out.
+    ``(samples, positions)``, by name or in its first argument, vectors it masks are left out,
+    whether samples or positions come first inside the model (samples, where there are as many of
+    both). Where positions come one by one after those in a cache, the mask's last ones are meant.
     Modules that give no floating-point tensor are passed over.
 
     Parameters
@@ -180,6 +182,9 @@ class ActivationMeter:
             given = args[0]
         mask = given.get("attention_mask")
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self._mask is not None and (read := _positions_read(args, given)):
+            # The mask is of what a cache holds as well.
+            self._mask = self._mask[:, -read:]
 
     def _consume(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point() or not x.ndim:
@@ -196,11 +201,14 @@ class ActivationMeter:
         if mask is None:
             return None
         samples, positions = mask.shape
-        if lead.numel() == mask.numel():
+        if lead.numel() == mask.numel() and lead != (positions, samples):
             return mask.reshape(lead)
+        for first in (mask, mask.T):
+            if lead[:2] == first.shape:
+                return first.reshape(*lead[:2], *[1] * (len(lead) - 2)).expand(lead)
         if len(lead) == 3 and lead[0] == samples and lead[-1] == positions:
             return mask[:, None].expand(lead)  # heads between
-        if len(lead) < 2 or lead[0] != samples or bool(mask.all()):
+        if len(lead) < 2 or samples not in lead[:2] or lead[0] == 1 or bool(mask.all()):
             return None  # pooled, or the same for every sample
         raise InputError(
             f"vectors of shape {tuple(x.shape)} do not line up with the attention mask of "
@@ -292,6 +300,16 @@ def matching_modules(
     if not found:
         raise InputError("no modules were chosen: give a pattern, such as '*.mlp'")
     return found
+
+
+def _positions_read(args: tuple[Any, ...], named: Mapping[str, Any]) -> int | None:
+    """How many tokens of each sample a language model is given; None where it is given none."""
+    ids = named.get("input_ids", next(iter(args), None))
+    embedded = named.get("inputs_embeds")
+    if isinstance(embedded, Tensor):
+        return embedded.shape[1]
+    tokens = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+    return ids.shape[1] if tokens else None
 
 
 def _vectors(module: nn.Module, x: Tensor) -> Tensor:
