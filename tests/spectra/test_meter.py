@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fullrank.core.errors import InputError
 from fullrank.core.sketched_moments import SketchedMoments
-from fullrank.spectra import Spectrum, SpectrumMeter
+from fullrank.spectra import RankMeMeter, Spectrum, SpectrumMeter
 
 MEASURES = (
     "effective_rank",
@@ -276,3 +276,16 @@ def test_settings_are_checked():
     zero = SpectrumMeter(exact_to=0, sketch=2)
     zero.update(torch.zeros(6, 4))
     assert zero.spectrum().effective_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("backends", "where"),
+    [("cuda:nccl", "cuda:1"), ("cuda:gloo", "cuda:1"), ("cpu:gloo,cuda:nccl", "cpu")],
+)
+def test_sums_go_to_the_device_that_has_a_backend(monkeypatch, backends, where):
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda group: backends)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    meter = RankMeMeter()
+    for _ in range(2):
+        assert meter._where_summed(None) == torch.device(where)
+        meter.update(torch.eye(3))

@@ -209,9 +209,10 @@ def test_runs_that_cannot_be_compared(runs, options, says):
         select_by_rankme(runs, **options)
 
 
-def test_callback_logs_at_every_evaluation(tmp_path):
+@pytest.mark.parametrize("first", ["rankme", "run log"])
+def test_callback_logs_at_every_evaluation(tmp_path, first):
     transformers = pytest.importorskip("transformers")
-    from fullrank.spectra import RankMeCallback
+    from fullrank.spectra import RankMeCallback, RunLogCallback, read_run
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -229,6 +230,7 @@ def test_callback_logs_at_every_evaluation(tmp_path):
     torch.manual_seed(0)
     model = Model()
     callback = RankMeCallback(lambda m: (m(half, half[:, :3])["logits"] for half in x.split(16)))
+    callbacks = [callback, RunLogCallback(ranks_every=0)]
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
@@ -242,15 +244,24 @@ def test_callback_logs_at_every_evaluation(tmp_path):
         ),
         train_dataset=rows,
         eval_dataset=rows,
-        callbacks=[callback],
+        callbacks=callbacks if first == "rankme" else callbacks[::-1],
     )
     trainer.train()
     assert len(callback.history) == 2
     logged = [entry["eval/rankme"] for entry in trainer.state.log_history if "eval/rankme" in entry]
     assert logged == [score for _, score in callback.history]
+    assert [*read_run(tmp_path).measures["RankMe"].values()] == logged
     # Dropout was off: the last score is that of the model as it now is.
     model.eval()
     assert logged[-1] == pytest.approx(rankme(model.fc(x)), rel=1e-6)
     assert isinstance(callback, transformers.TrainerCallback)
+    # Where an evaluation is not logged; what was frozen stays so.
+    model.train()
+    model.dropout.eval()
+    metrics = {}
+    callback.on_evaluate(None, trainer.state, None, model=model, metrics=metrics)
+    assert metrics["eval/rankme"] == pytest.approx(logged[-1])
+    assert model.training
+    assert not model.dropout.training
     with pytest.raises(InputError, match="function"):
         RankMeCallback(3)

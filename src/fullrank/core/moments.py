@@ -81,11 +81,21 @@ class Sums:
             own: Tensor = getattr(self, name)
             own += getattr(other, name).to(own.device)
 
-    def all_reduce(self, group: Any = None) -> None:
-        """Sum over all processes of a ``torch.distributed`` group, in place."""
-        count = torch.tensor(self.count, dtype=torch.int64, device=self.sum.device)
-        for tensor in (count, *(getattr(self, name) for name in self.sums)):
-            torch.distributed.all_reduce(tensor, group=group)
+    def all_reduce(self, group: Any = None, device: torch.device | None = None) -> None:
+        """Sum over all processes of a ``torch.distributed`` group, in place.
+
+        Parameters
+        ----------
+        group
+            All processes by default.
+        device
+            Where the group can sum; where the sums live by default.
+        """
+        count = torch.tensor(self.count, dtype=torch.int64)
+        for own in (count, *(getattr(self, name) for name in self.sums)):
+            there = own.to(device or self.sum.device)
+            torch.distributed.all_reduce(there, group=group)
+            own.copy_(there)
         self.count = int(count)
 
     def _check_seen(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from fullrank._lazy import lazy_class
 from fullrank.core.errors import InputError, require
+from fullrank.core.modes import evaluating
 from fullrank.spectra.rankme import EPS, RankMeMeter
 
 if TYPE_CHECKING:
@@ -19,28 +20,14 @@ Embed = Callable[["nn.Module"], "Iterable[Any] | Any"]
 
 def _measure(model: nn.Module, embed: Embed, eps: float) -> float:
     """RankMe of what ``embed(model)`` gives, with the model in evaluation mode meanwhile."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = embed(model)
-            meter = RankMeMeter(eps, device=_reduction_device(model))
-            whole = hasattr(found, "ndim")
-            for batch in [found] if whole else found:
-                meter.update(batch)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model):
+        found = embed(model)
+        meter = RankMeMeter(eps)
+        whole = hasattr(found, "ndim")
+        for batch in [found] if whole else found:
+            meter.update(batch)
     meter.sync()
     return meter.compute()
-
-
-def _reduction_device(model: nn.Module) -> torch.device:
-    """Where the moment must live to be summed over processes: NCCL wants it on the GPU."""
-    distributed = torch.distributed
-    running = distributed.is_available() and distributed.is_initialized()
-    if running and distributed.get_backend() == "nccl":
-        return next(model.parameters()).device
-    return torch.device("cpu")
 
 
 def _callback_class() -> type[Any]:
@@ -67,7 +54,8 @@ def _callback_class() -> type[Any]:
         Notes
         -----
         The model is in evaluation mode while it embeds, without gradients. Over several
-        processes the samples of all count.
+        processes the samples of all count. Callbacks that come after this one get the score in
+        the evaluation's log; :class:`~fullrank.spectra.RunLogCallback` wherever it stands.
         """
 
         def __init__(self, embed: Embed, eps: float = EPS, key: str = "eval/rankme") -> None:
@@ -78,16 +66,31 @@ def _callback_class() -> type[Any]:
             self.key = key
             self.history: list[tuple[int, float]] = []
 
+        def on_log(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
+            """Measure when an evaluation is logged, and log with it."""
+            logs = kwargs.get("logs") or {}
+            if any(name.endswith("_runtime") and name != "train_runtime" for name in logs):
+                logs[self.key] = self._measured(state, model)
+                state.log_history[-1][self.key] = logs[self.key]
+
         def on_evaluate(
             self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
         ) -> None:
-            """Measure and log."""
-            score = _measure(model, self.embed, self.eps)
-            self.history.append((state.global_step, score))
+            """Measure and log where the evaluation was not logged."""
             metrics = kwargs.get("metrics")
+            if metrics is not None and self.key in metrics:
+                return
+            score = self._measured(state, model)
             if metrics is not None:
                 metrics[self.key] = score
             state.log_history.append({self.key: score, "step": state.global_step})
+
+        def _measured(self, state: Any, model: Any) -> float:
+            score = _measure(model, self.embed, self.eps)
+            self.history.append((state.global_step, score))
+            return score
 
     return RankMeCallback
 

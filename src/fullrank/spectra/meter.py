@@ -168,7 +168,7 @@ class SpectrumMeter:
             raise InputError(f"processes saw samples of widths {narrowest} and {widest}")
         if self._sums is None:
             self._sums = self._fresh(widest, device)
-        self._sums.all_reduce(process_group)
+        self._sums.all_reduce(process_group, device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return plain tensors, fit for safetensors; empty when nothing was seen."""
@@ -200,12 +200,14 @@ class SpectrumMeter:
         return SketchedMoments(width, min(self.sketch, width), where)
 
     def _where_summed(self, process_group: Any) -> torch.device:
-        if self._sums is not None:
-            return self._sums.sum.device
-        if self.device is not None:
-            return torch.device(self.device)
-        nccl = torch.distributed.get_backend(process_group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        """Where the group can sum: the sums' own device, if there is a backend for it."""
+        where = torch.device(self.device or "cpu") if self._sums is None else self._sums.sum.device
+        # NCCL, or one backend for each device: "cpu:gloo,cuda:nccl".
+        backends = str(torch.distributed.get_backend_config(process_group))
+        served = [part.partition(":")[0] for part in backends.split(",")]
+        if where.type in served or "cuda" not in served:
+            return where
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def few_samples(count: int, width: int) -> str:

@@ -49,6 +49,7 @@ def _callback_class() -> type[Any]:
             self.ranks_every = ranks_every
             self.include = include
             self._measured = -1
+            self._logged: set[str] = set()
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
@@ -74,12 +75,23 @@ def _callback_class() -> type[Any]:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             """Write the numbers of a step."""
-            if state.is_world_process_zero and logs:
-                numbers = {
-                    name: value
-                    for name, value in logs.items()
-                    if isinstance(value, (int, float)) and not isinstance(value, bool)
-                }
+            self._logged = set(logs or ())
+            self._numbers(args, state, logs or {})
+
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+        ) -> None:
+            """Write what other callbacks have added to an evaluation since it was logged."""
+            added = {n: v for n, v in (metrics or {}).items() if n not in self._logged}
+            self._numbers(args, state, added)
+
+        def _numbers(self, args: Any, state: Any, values: dict[str, Any]) -> None:
+            numbers = {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
+            if state.is_world_process_zero and numbers:
                 self._write(args, {"kind": "log", "step": state.global_step, **numbers})
 
         def _ranks(self, args: Any, state: Any, model: Any) -> None:
