@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_passages import prose
-from tiny_models import cross_encoder
+from tiny_models import cross_encoder, save_encoder
 
 from fullrank.core import Corpus, InputError, Run
 from fullrank.retrieval import BM25, CrossEncoderReranker, Reranker
@@ -96,6 +97,28 @@ def test_documents_must_be_known(reranker, corpus):
         reranker({"q": "rank"}, None, corpus)
     with pytest.raises(InputError, match="'zz'"):
         reranker({"q": "rank"}, Run({"q": (["zz"], [1.0])}), corpus)
+
+
+def test_a_model_without_a_score_is_refused(tmp_path, capfd):
+    with pytest.raises(InputError, match=r"no cross-encoder: .* classifier\.weight.*give a cross"):
+        CrossEncoderReranker(save_encoder(tmp_path / "encoder"), device="cpu")
+    assert "REPORT" not in "".join(capfd.readouterr())
+    folder = cross_encoder(tmp_path / "lost")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no weights for classifier\.bias"):
+        CrossEncoderReranker(folder, device="cpu")
+    with pytest.raises(InputError, match="give a cross-encoder") as error:
+        CrossEncoderReranker("nobody/nothing")
+    assert "minilm" not in str(error.value)
+
+
+def test_a_model_that_the_library_saved(folder, reranker, tmp_path):
+    reranker.model.save_pretrained(str(tmp_path / "saved"))
+    pair = [("one two three", "four five")]
+    again = CrossEncoderReranker(tmp_path / "saved", device="cpu")
+    assert again.score(pair) == pytest.approx(reranker.score(pair), abs=1e-5)
 
 
 def test_bad_models(tmp_path):

