@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fullrank.training.lm_config import OptimizerSection
-from fullrank.training.lm_optimizers import make_optimizer
+from fullrank.core.errors import InputError
+from fullrank.training.lm_config import LMTraining, OptimizerSection
+from fullrank.training.lm_optimizers import make_optimizer, optimizer_names
 
 
 def section(name, **keys):
@@ -55,3 +56,43 @@ def test_convolutions_have_the_rank_of_their_matrix():
     assert [optimizer.projects(weight) for weight in weights] == [True, False, False]
     masked = make_optimizer(model, section("lift", rank=1))
     assert [masked.projects(weight) for weight in weights] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+@pytest.mark.filterwarnings("ignore:.* takes no optimizer")
+def test_every_optimizer_may_take_the_place_of_the_examples(name):
+    from fullrank.cli.train_lm import EXAMPLE
+
+    yaml = pytest.importorskip("yaml")
+    run = LMTraining.of(yaml.safe_load(EXAMPLE), [f"optimizer.name={name}"])
+    model = nn.ModuleDict({"fc": nn.Linear(48, 32), "norm": nn.LayerNorm(32)})
+    if name == "lora_pro":  # steps adapters alone
+        with pytest.raises(InputError, match="add an adapter first"):
+            make_optimizer(model, run.optimizer)
+    else:
+        assert make_optimizer(model, run.optimizer).param_groups
+
+
+def test_what_another_optimizer_lacks_is_left_out_and_told():
+    file = {
+        "model": {"config": {"model_type": "llama"}},
+        "optimizer": {"name": "galore_adamw", "rank": 4, "options": {"scale": 1.0}},
+    }
+    said = "adamw takes no optimizer.rank, optimizer.options.scale: .* for galore_adamw"
+    with pytest.warns(UserWarning, match=said):
+        run = LMTraining.of(file, ["optimizer.name=adamw"])
+    assert (run.optimizer.rank, run.optimizer.options) == (None, {})
+    asked = ["optimizer.name=frugal_adamw", "optimizer.options={subspace: columns}"]
+    assert LMTraining.of(file, asked).optimizer.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "way_out"),
+    [
+        ({"rank": 4}, "has no rank; remove optimizer.rank, or pass optimizer.rank=null"),
+        ({"options": {"scale": 1}}, "takes no scale; .* or pass optimizer.options={}"),
+    ],
+)
+def test_what_an_optimizer_lacks_is_refused_with_a_way_out(keys, way_out):
+    with pytest.raises(InputError, match=way_out):
+        make_optimizer(nn.Linear(4, 4), section("adamw", **keys))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -161,8 +162,11 @@ class RunSettings(Section):
     def of(cls, values: dict[str, Any], changes: Sequence[str] = ()) -> Self:
         """Build a run from nested values, and changes to them."""
         values = json.loads(json.dumps(values))
+        before = _optimizer(values).get("name")
         for change in changes:
             _change(values, change)
+        if before is not None and _optimizer(values).get("name") != before:
+            _leave_foreign(values["optimizer"], before, {c.partition("=")[0] for c in changes})
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -206,6 +210,30 @@ class LMTraining(RunSettings):
                 "loop.clip to null"
             )
         return self
+
+
+def _optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    section = values.get("optimizer")
+    return section if isinstance(section, dict) else {}
+
+
+def _leave_foreign(section: dict[str, Any], before: str, changed: set[str]) -> None:
+    """Leave out what a file says for one optimizer and the one that took its place lacks."""
+    from fullrank.training.lm_optimizers import foreign_settings
+
+    left_out = []
+    for setting in foreign_settings(str(section["name"]), section):
+        key, _, option = setting.partition(".")
+        # What was asked for together with the other optimizer is an error of its own.
+        if changed.isdisjoint({f"optimizer.{key}", f"optimizer.{setting}"}):
+            del (section[key] if option else section)[option or key]
+            left_out.append(f"optimizer.{setting}")
+    if left_out:
+        warnings.warn(
+            f"{section['name']} takes no {', '.join(left_out)}: left out of what the file says "
+            f"for {before}",
+            stacklevel=4,
+        )
 
 
 def _yaml(text: str) -> Any:

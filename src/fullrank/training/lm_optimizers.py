@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,38 @@ _CLASSIFIERS = ("classifier", "score")
 Build = Callable[[nn.Module, Groups, OptimizerSection], torch.optim.Optimizer]
 
 
+class Recipe(NamedTuple):
+    """How an optimizer is made, and what its section of a run may say.
+
+    Attributes
+    ----------
+    kind
+        Its class.
+    build
+        Makes it over the groups of a model.
+    ranked
+        Whether it has a rank.
+    beside
+        Options that are not the class's own.
+    """
+
+    kind: Any
+    build: Build
+    ranked: bool = False
+    beside: frozenset[str] = frozenset()
+
+    @property
+    def options(self) -> set[str]:
+        """Names of the options that it takes."""
+        return {*inspect.signature(self.kind).parameters, *_grouped(self.kind), *self.beside}
+
+    def has_rank(self, options: Mapping[str, Any]) -> bool:
+        """Whether it has a rank with these options."""
+        # Whole tensors, FRUGAL's default, are chosen by density.
+        blocks = self.kind is optim.FrugalAdamW and options.get("subspace", "block") == "block"
+        return self.ranked and not blocks
+
+
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """Return the optimizer that a run's section names, over what is trainable in the model.
 
@@ -44,13 +76,20 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     >>> [(g["lr"], g["rank"]) for g in make_optimizer(model, section).param_groups]
     [(0.01, [2]), (0.001, None)]
     """
-    build = _BUILDERS.get(section.name)
-    if build is None:
-        raise InputError(f"no optimizer {section.name!r}; there are {', '.join(optimizer_names())}")
-    if section.rank is not None and section.name not in _RANKED:
-        raise InputError(f"{section.name} has no rank; those with one are {', '.join(_RANKED)}")
+    recipe = _recipe(section.name)
+    if section.rank is not None and not recipe.ranked:
+        ranked = ", ".join(name for name, other in _RECIPES.items() if other.ranked)
+        raise InputError(
+            f"{section.name} has no rank; remove optimizer.rank, or pass optimizer.rank=null. "
+            f"Those with one are {ranked}"
+        )
+    if unknown := sorted(set(section.options) - recipe.options):
+        raise InputError(
+            f"{section.name} takes no {', '.join(unknown)}; remove that from optimizer.options, "
+            "or pass optimizer.options={}"
+        )
     try:
-        return build(model, body_and_head(model, section), section)
+        return recipe.build(model, body_and_head(model, section), section)
     except TypeError as error:
         raise InputError(f"optimizer.options of {section.name}: {error}") from error
 
@@ -61,7 +100,28 @@ def optimizer_names() -> list[str]:
     >>> "muon" in optimizer_names()
     True
     """
-    return sorted(_BUILDERS)
+    return sorted(_RECIPES)
+
+
+def foreign_settings(name: str, section: Mapping[str, Any]) -> list[str]:
+    """Return which of a section's settings an optimizer does not take: a rank, options.
+
+    >>> foreign_settings("adamw", {"lr": 0.1, "rank": 4, "options": {"scale": 1.0, "eps": 1e-6}})
+    ['rank', 'options.scale']
+    """
+    recipe, options = _recipe(name), section.get("options") or {}
+    ranked = section.get("rank") is None or recipe.has_rank(options)
+    return [
+        *([] if ranked else ["rank"]),
+        *(f"options.{option}" for option in options if option not in recipe.options),
+    ]
+
+
+def _recipe(name: str) -> Recipe:
+    recipe = _RECIPES.get(name)
+    if recipe is None:
+        raise InputError(f"no optimizer {name!r}; there are {', '.join(optimizer_names())}")
+    return recipe
 
 
 def body_and_head(model: nn.Module, section: OptimizerSection) -> Groups:
@@ -146,11 +206,11 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [g for part in self.parts for g in part.param_groups]
 
 
-def _torch(kind: Callable[..., torch.optim.Optimizer], **fixed: Any) -> Build:
+def _plain(kind: Callable[..., torch.optim.Optimizer], **fixed: Any) -> Recipe:
     def build(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
         return kind(groups, **{**fixed, **section.options})
 
-    return build
+    return Recipe(kind, build)
 
 
 def _muon(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -165,7 +225,7 @@ def _muon(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.opti
     return Together(*parts)
 
 
-def _projected(kind: Any, **fixed: Any) -> Build:
+def _projected(kind: Any, **fixed: Any) -> Recipe:
     """An optimizer with a rank: the body's group has it, and the options that a group may have."""
 
     def build(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -182,7 +242,7 @@ def _projected(kind: Any, **fixed: Any) -> Build:
             own.setdefault("lra_rank", own["rank"])
         return kind([{**body, **own}, *rest], **{**fixed, **whole})  # type: ignore[no-any-return]
 
-    return build
+    return Recipe(kind, build, ranked=True)
 
 
 def _frugal(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -193,7 +253,7 @@ def _frugal(_: nn.Module, groups: Groups, section: OptimizerSection) -> torch.op
     return optim.FrugalAdamW([{**body, "is_proj_params": True, **own}, *rest], **whole)
 
 
-def _mkor(kind: Any) -> Build:
+def _mkor(kind: Any) -> Recipe:
     """MKOR before momentum SGD; the output head over a vocabulary is left out."""
 
     def build(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -204,7 +264,9 @@ def _mkor(kind: Any) -> Build:
         inner = functools.partial(torch.optim.SGD, momentum=momentum)
         return kind(model, inner(groups), **options)  # type: ignore[no-any-return]
 
-    return build
+    # MKORH passes on what it does not know.
+    passed_on = inspect.signature(optim.MKOR).parameters
+    return Recipe(kind, build, beside=frozenset({"momentum", *passed_on}))
 
 
 def _lora_pro(model: nn.Module, groups: Groups, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -230,42 +292,34 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [output] if isinstance(output, nn.Module) else []
 
 
+def _grouped(kind: Any) -> set[str]:
+    """What each group of an optimizer may have of its own."""
+    return set(getattr(kind, "checks", {}))
+
+
 def _sorted_options(kind: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the whole optimizer, and those of the body's group."""
-    grouped = set(getattr(kind, "checks", {}))
-    known = set(inspect.signature(kind).parameters)
-    if unknown := set(options) - known - grouped:
-        raise InputError(f"{kind.__name__} takes no {', '.join(sorted(unknown))}")
+    grouped = _grouped(kind)
     own = {name: value for name, value in options.items() if name in grouped}
     return {name: value for name, value in options.items() if name not in grouped}, own
 
 
-_BUILDERS: dict[str, Build] = {
-    "adamw": _torch(torch.optim.AdamW, fused=True),
-    "sgd": _torch(torch.optim.SGD, momentum=0.9),
-    "muon": _muon,
+_RECIPES: dict[str, Recipe] = {
+    "adamw": _plain(torch.optim.AdamW, fused=True),
+    "sgd": _plain(torch.optim.SGD, momentum=0.9),
+    "muon": Recipe(torch.optim.Muon, _muon),
     "galore_adamw": _projected(optim.GaLoreAdamW),
     "galore_adafactor": _projected(
         optim.GaLoreAdafactor, lr=1e-3, relative_step=False, scale_parameter=False
     ),
     "fira_adamw": _projected(optim.FiraAdamW),
     "fira_rmsprop": _projected(optim.FiraRMSprop),
-    "frugal_adamw": _frugal,
+    "frugal_adamw": Recipe(optim.FrugalAdamW, _frugal, ranked=True),
     "gradnormlorp_adamw": _projected(optim.GradNormLoRPAdamW),
     "lift": _projected(optim.LIFT),
-    "adamp": _torch(optim.AdamP),
-    "sgdp": _torch(optim.SGDP, lr=1e-3, momentum=0.9),
+    "adamp": _plain(optim.AdamP),
+    "sgdp": _plain(optim.SGDP, lr=1e-3, momentum=0.9),
     "mkor": _mkor(optim.MKOR),
     "mkorh": _mkor(optim.MKORH),
-    "lora_pro": _lora_pro,
+    "lora_pro": Recipe(optim.LoRAPro, _lora_pro),
 }
-
-_RANKED = (
-    "galore_adamw",
-    "galore_adafactor",
-    "fira_adamw",
-    "fira_rmsprop",
-    "frugal_adamw",
-    "gradnormlorp_adamw",
-    "lift",
-)
