@@ -23,6 +23,7 @@ def test_definitions_on_planted_values():
     assert feature_rank(features, eps=0.001) == 4
     assert feature_rank(features, kind="srank") == 3
     assert feature_rank(features, kind="srank", delta=0.05) == 2
+    assert feature_rank(features.numpy(), kind="srank", delta=0) <= 12
     assert feature_rank(features, kind="effective") == pytest.approx(effective_rank(features))
 
 
@@ -42,10 +43,12 @@ def test_dead_features(dtype):
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        (torch.ones(3), {}, "expected floating"),
-        (torch.ones(3, 2, dtype=torch.int64), {}, "expected floating"),
+        (torch.ones(3), {}, "expected .samples, width"),
+        (torch.ones(3, 2, dtype=torch.int64), {}, "floating-point"),
         (torch.full((3, 2), float("inf")), {}, "infinite"),
         (torch.ones(3, 2), {"kind": "rank"}, "srank"),
+        (torch.ones(3, 2), {"kind": "srank", "delta": 1.5}, "delta"),
+        (torch.ones(3, 2), {"kind": "srank", "delta": -0.5}, "delta"),
     ],
 )
 def test_bad_input(features, options, message):

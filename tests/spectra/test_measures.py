@@ -168,3 +168,18 @@ def test_a_spectrum_is_sorted_hashable_and_read_only():
     assert spectrum.frobenius_norm == pytest.approx(math.sqrt(14))
     with pytest.raises(InputError, match="matrix or a vector"):
         Spectrum(torch.ones(2, 2, 2))
+
+
+def test_extreme_singular_values():
+    assert effective_rank([1e308] * 20, input="singular_values") == pytest.approx(20)
+    assert effective_rank([1e308] * 20, input="singular_values", eps=1e-8, eps_in="log") == (
+        pytest.approx(20, rel=1e-5)
+    )
+    spectrum = Spectrum([3e200, 4e200], missed=1.0)
+    assert spectrum.frobenius_norm == pytest.approx(5e200)
+
+
+def test_short_names_of_a_spectrum():
+    spectrum = Spectrum([3.0, 4.0])
+    assert spectrum.singular_values is spectrum.values
+    assert (spectrum.nuclear, spectrum.frobenius) == (7.0, 5.0)

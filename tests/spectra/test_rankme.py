@@ -191,6 +191,7 @@ def test_selection():
     assert select_by_rankme(scores, prefer="max") == "0.1"
     assert select_by_rankme(scores, tie_rtol=0) == "0.01"
     assert select_by_rankme({"b": 2.0, "a": 2.0}) == "b"
+    assert select_by_rankme({"a": np.float32(2.0), "b": torch.tensor(3.0)}) == "b"
     generator = torch.Generator().manual_seed(0)
     wide, flat = torch.randn(40, 6, generator=generator), torch.ones(40, 6)
     assert select_by_rankme({"collapsed": flat, "healthy": wide}) == "healthy"
@@ -202,6 +203,7 @@ def test_selection():
         ({}, {}, "no runs"),
         ({"a": torch.ones(4, 2), "b": torch.ones(5, 2)}, {}, "one shape"),
         ({"a": 1.0}, {"prefer": "middle"}, "prefer"),
+        ({"a": 1.0, "b": float("nan")}, {}, "'b' has a RankMe of nan"),
     ],
 )
 def test_runs_that_cannot_be_compared(runs, options, says):

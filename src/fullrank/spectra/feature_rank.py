@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from fullrank.core.errors import InputError
 from fullrank.spectra.measures import effective_rank
+from fullrank.spectra.values import as_tensor
 
 Kind = Literal["numerical", "effective", "srank"]
 
 
 def feature_rank(
-    features: Tensor, eps: float = 0.01, kind: Kind = "numerical", delta: float = 0.01
+    features: Any, eps: float = 0.01, kind: Kind = "numerical", delta: float = 0.01
 ) -> float:
     """Rank of features by one of three definitions.
 
     Parameters
     ----------
     features
-        ``(N, d)``, one row a sample, as they are (not centred).
+        ``(N, d)`` array or tensor, one row a sample, as they are (not centred).
     eps
         Threshold of ``"numerical"``: 0.01 (BEER and Lyle et al. 2022).
     kind
@@ -30,12 +30,12 @@ def feature_rank(
         ``"srank"``: how many of the largest singular values hold ``1 - delta`` of their sum
         (Kumar et al. 2021).
     delta
-        Of ``"srank"``: 0.01.
+        Of ``"srank"``, in [0, 1): 0.01.
 
     Raises
     ------
     InputError
-        On other shapes, an unknown kind, or values that are not finite.
+        On other shapes, an unknown kind, ``delta`` out of range, or values that are not finite.
 
     Examples
     --------
@@ -43,21 +43,20 @@ def feature_rank(
     >>> feature_rank(features), feature_rank(features, kind="srank")
     (2.0, 2.0)
     """
-    if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
-        raise InputError(
-            f"features of shape {tuple(features.shape)} and {features.dtype}; expected floating "
-            "point of (samples, width)"
-        )
+    F = as_tensor(features, "the features")
+    if F.ndim != 2:
+        raise InputError(f"features of shape {tuple(F.shape)}; expected (samples, width)")
+    if kind not in get_args(Kind):
+        raise InputError(f"kind={kind!r}; it is one of {', '.join(get_args(Kind))}")
+    if not 0 <= delta < 1:
+        raise InputError(f"delta={delta}; it is a share in [0, 1)")
     if kind == "effective":
-        return float(effective_rank(features))
-    if kind not in ("numerical", "srank"):
-        raise InputError(f"kind={kind!r}; it is 'numerical', 'effective' or 'srank'")
-    if not torch.isfinite(features).all():
-        raise InputError("the features hold NaN or infinite values")
-    values = torch.linalg.svdvals(features.detach().double())
+        return float(effective_rank(F))
+    values = torch.linalg.svdvals(F.double())
     if kind == "numerical":
-        return float((values / len(features) ** 0.5 > eps).sum())
+        return float((values / len(F) ** 0.5 > eps).sum())
     total = values.sum()
     if total == 0:
         return 0.0
-    return float((values.cumsum(0) < (1 - delta) * total).sum() + 1)
+    # As many as hold less than the share, and one more; rounding may keep all of them below it.
+    return float(min(int((values.cumsum(0) < (1 - delta) * total).sum()) + 1, len(values)))

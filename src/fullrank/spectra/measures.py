@@ -75,13 +75,15 @@ def effective_rank(
     if not eps >= 0:
         raise InputError(f"eps is {eps}; it must not be negative")
     values = singular_values(x, input, center, mask)
+    largest = torch.where(values[..., :1] > 0, values[..., :1], 1.0)
+    values = _relative(values)
     total = values.sum(-1, keepdim=True)
     zero = total <= 0
     if eps_in == "log":
         if eps > 0:
             alone = _rows(x, mask) < 2 if center else torch.tensor(False)
             zero = zero & alone.to(zero.device)
-        p = values / (total + eps).clamp_min(1e-300)
+        p = values / (total + eps / largest).clamp_min(1e-300)
         entropy = -(p * (p + eps).clamp_min(1e-300).log()).sum(-1)
     else:
         p = values / torch.where(zero, 1.0, total) + eps

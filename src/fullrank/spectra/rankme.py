@@ -7,11 +7,13 @@ number of samples, several times the width.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,7 +187,8 @@ def select_by_rankme(
     Raises
     ------
     InputError
-        When there are no runs, or their embeddings differ in shape: RankMe grows with both.
+        When there are no runs, a score is not finite, or embeddings differ in shape: RankMe grows
+        with both of its sides.
 
     Examples
     --------
@@ -199,14 +202,16 @@ def select_by_rankme(
     shapes = {
         name: tuple(as_tensor(run, f"run {name!r}").shape)
         for name, run in runs.items()
-        if not isinstance(run, (int, float))
+        if np.ndim(run)
     }
     if len(set(shapes.values())) > 1:
         raise InputError(f"runs are comparable at one shape of embeddings; these have {shapes}")
     scores = {
-        name: float(run) if isinstance(run, (int, float)) else rankme(run, eps, center)
-        for name, run in runs.items()
+        name: rankme(run, eps, center) if np.ndim(run) else float(run) for name, run in runs.items()
     }
+    for name, score in scores.items():
+        if not math.isfinite(score):
+            raise InputError(f"run {name!r} has a RankMe of {score}: leave it out")
     best = max(scores.values())
     tied = [name for name in _in_order(scores) if scores[name] >= best * (1 - tie_rtol)]
     return tied[0] if prefer == "min" else tied[-1]

@@ -112,6 +112,21 @@ class Spectrum:
         return float(np.exp(-(p * np.log(p)).sum()))
 
     @property
+    def singular_values(self) -> Vector:
+        """The same as :attr:`values`."""
+        return self.values
+
+    @property
+    def nuclear(self) -> float:
+        """The same as :attr:`nuclear_norm`."""
+        return self.nuclear_norm
+
+    @property
+    def frobenius(self) -> float:
+        """The same as :attr:`frobenius_norm`."""
+        return self.frobenius_norm
+
+    @property
     def stable_rank(self) -> float:
         """See :func:`~fullrank.spectra.stable_rank`."""
         return float(np.square(self.relative).sum()) + self._missed
@@ -144,7 +159,8 @@ class Spectrum:
     @property
     def _missed(self) -> float:
         """What was missed over the largest square."""
-        return self.missed / (float(self.values[0]) ** 2 or 1.0)
+        largest = float(self.values[0]) or 1.0
+        return self.missed / largest / largest
 
     def energy_rank(self, tau: float) -> int:
         """See :func:`~fullrank.spectra.energy_rank`; 0 for a zero matrix.
