@@ -46,6 +46,12 @@ def test_the_command(tmp_path, fullrank):
     assert "effective rank" in " ".join(done.out.split())
     assert (tmp_path / "page.html").is_file()
     assert sorted(p.name for p in (tmp_path / "scores").iterdir()) == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.json").write_text(json.dumps(rows(6, seed=1)))
+    same = [*files[:2], str(tmp_path / "other" / "a.json")]
+    done = fullrank("see", "data", *same, "--tokens", "16", "--out", str(tmp_path / "scores"))
+    assert done.code == 0, done.err
+    assert (tmp_path / "scores" / "a-2.jsonl").is_file()
     alone = fullrank("see", "data", *files[:2], "--tokens", "0", "--ifd")
     assert alone.code == 0, alone.err
     assert "IFD" in alone.out

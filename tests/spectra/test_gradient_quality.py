@@ -96,6 +96,27 @@ def test_scores_do_not_depend_on_the_company(model):
     assert all(1 <= rank <= 16 for row in together.rows for rank in row.erank.values())
 
 
+def test_scores_are_columns(model):
+    found = quality(model).score(rows(2), progress=False)
+    assert found.columns == ["id", "loss", "n_tokens", "layer", "proj", "nuclear", "erank"]
+    assert len(found) == len(found["id"]) == 2 * 8
+    assert found["n_tokens"][0] == found.rows[0].n_tokens == found.rows[0].tokens
+    assert found["proj"][:4] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    frame = found.frame()
+    assert list(frame.columns) == found.columns
+    assert frame["erank"].tolist() == found["erank"]
+    with pytest.raises(KeyError, match="no column 'rank'"):
+        found["rank"]
+
+
+def test_files_as_they_come(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "2+2", "answer": 4}\n')
+    assert [(e.prompt, e.response) for e in read_examples(path)] == [("2+2", "4")]
+    path.write_text('{"prompt": "a\u2028b", "output": "c"}\n', encoding="utf-8")
+    assert [e.prompt for e in read_examples(path)] == ["a\u2028b"]
+
+
 def test_an_interrupted_file_ends_the_same(model, tmp_path, monkeypatch):
     data = rows()
     whole = quality(model).score(data, out=tmp_path / "whole.jsonl", progress=False)
@@ -202,6 +223,13 @@ def test_bad_input(model, tmp_path):
         examples_of(rows(2, id="x"))
     with pytest.raises(InputError, match="no example"):
         examples_of([])
+    with pytest.raises(InputError, match=r"row 0: a text is expected for .*, not a list"):
+        examples_of([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}])
+    with pytest.raises(InputError, match="no chat template"):
+        quality(model, template="chat").score(rows(1), progress=False)
+    (tmp_path / "latin.json").write_bytes('[{"prompt": "é"}]'.encode("latin-1"))
+    with pytest.raises(InputError, match="not in UTF-8"):
+        read_examples(tmp_path / "latin.json")
     with pytest.raises(InputError, match="there is no file"):
         read_examples(tmp_path / "nowhere.json")
     (tmp_path / "broken.json").write_text("[{]")

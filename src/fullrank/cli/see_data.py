@@ -91,20 +91,33 @@ def data(
             with_ifd(network, tokenizer, s, max_length=quality.max_length, template=template)
             for s in sets
         ]
-    places = [None if out is None else out / f"{path.stem}.jsonl" for path in files]
-    found = [quality.score(s, out=place) for s, place in zip(sets, places, strict=True)]
+    found = [
+        quality.score(s, out=place) for s, place in zip(sets, _places(files, out), strict=True)
+    ]
     console = Console()
+    one_name = second is not None and first.stem == second.stem
+    names = [str(path) if one_name else path.stem for path in files]
+    compared = None
     if second is None:
         console.print(found[0].table())
         console.print(found[0].correlations())
-        return
-    names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
-    compared = Comparison(names, (found[0], found[1]), tokens or None)
-    for measure in MEASURES:
-        console.print(compared.table(measure))
+    else:
+        compared = Comparison((names[0], names[1]), (found[0], found[1]), tokens or None)
+        for measure in MEASURES:
+            console.print(compared.table(measure))
     for scores, name in zip(found, names, strict=True):
         if scores.skipped:
             reasons = sorted(set(scores.skipped.values()))
             console.print(f"{name}: {len(scores.skipped)} left out ({'; '.join(reasons[:3])})")
-    if html is not None:
+    if html is not None and compared is not None:
         console.print(f"written: {compared.to_html(html)}")
+
+
+def _places(files: list[Path], out: Path | None) -> list[Path | None]:
+    """Where the scores of each file go: under its name, the second of one name as `name-2`."""
+    if out is None:
+        return [None for _ in files]
+    names = [path.stem for path in files]
+    if len(set(names)) < len(names):
+        names[1] += "-2"
+    return [out / f"{name}.jsonl" for name in names]

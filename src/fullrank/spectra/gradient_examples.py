@@ -59,17 +59,21 @@ def read_examples(path: str | Path) -> list[Example]:
     """Read a JSON list or JSON lines of prompts and responses.
 
     A row has ``instruction`` (or ``prompt``, ``question``), maybe ``input``, and ``response`` (or
-    ``output``, ``completion``, ``answer``); maybe ``id``, ``reward``, ``difficulty``.
+    ``output``, ``completion``, ``answer``), texts or numbers; maybe ``id``, ``reward``,
+    ``difficulty``.
 
     Raises
     ------
     InputError
-        When there is no such file, it holds no rows, or a row lacks a field.
+        When there is no such file, it is no UTF-8 or holds no rows, or a row lacks a field.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not in UTF-8 ({error}); convert it") from error
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     except ValueError as error:
@@ -78,7 +82,8 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    # Not splitlines(): a text may hold Unicode's line separators as they are.
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def examples_of(rows: Iterable[Mapping[str, Any] | Example], where: str = "data") -> list[Example]:
@@ -102,14 +107,16 @@ def examples_of(rows: Iterable[Mapping[str, Any] | Example], where: str = "data"
 def _example(row: Any, number: int, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise InputError(f"{where}, row {number}: a table of fields is expected")
-    prompt, response = (_first(row, names) for names in (_PROMPTS, _RESPONSES))
+    prompt, response = (
+        _text(row, names, f"{where}, row {number}") for names in (_PROMPTS, _RESPONSES)
+    )
     if prompt is None or response is None:
         raise InputError(
             f"{where}, row {number}: there is no {' or '.join(_PROMPTS)} with a "
             f"{' or '.join(_RESPONSES)}; it has {', '.join(map(str, row)) or 'nothing'}"
         )
-    if row.get("input"):
-        prompt = f"{prompt}\n{row['input']}"
+    if more := _text(row, ("input",), f"{where}, row {number}"):
+        prompt = f"{prompt}\n{more}"
     given = {name: _number(_first(row, names)) for name, names in _GIVEN.items()}
     return Example(
         str(row.get("id", number)),
@@ -121,6 +128,18 @@ def _example(row: Any, number: int, where: str) -> Example:
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
+    value = _first(row, names)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(
+        f"{where}: a text is expected for {' or '.join(names)}, not a {type(value).__name__}; of a "
+        "conversation give the question and the answer as texts"
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -160,10 +179,7 @@ def tokens_of(
     if not example.response.strip():
         return "the response is empty"
     if template == "chat":
-        message = [{"role": "user", "content": example.prompt}]
-        prompt = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        prompt = _chat_prompt(tokenizer, example.prompt)
     else:
         prompt = tokenizer(example.prompt + "\n")["input_ids"]
         # A tokenizer may close a text; the response is to follow.
@@ -179,6 +195,19 @@ def tokens_of(
     if len(ids) <= max(len(prompt), 1):
         return f"the prompt alone is longer than {max_length} tokens"
     return Tokens(ids, len(prompt))
+
+
+def _chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    message = [{"role": "user", "content": prompt}]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except ValueError as error:
+        raise InputError(
+            "the tokenizer has no chat template; give one, or read the texts as they are"
+        ) from error
+    return ids
 
 
 def padded(batch: Sequence[Tokens], pad: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,11 @@ class Scored:
     erank: Mapping[str, float]
     given: Mapping[str, float]
 
+    @property
+    def n_tokens(self) -> int:
+        """The same as :attr:`tokens`."""
+        return self.tokens
+
     def mean(self, what: By) -> float:
         """Mean over the layers; the loss itself."""
         if what == "loss":
@@ -66,7 +71,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a data set.
+    """Scores of a data set: a row for every example and layer, in named columns.
+
+    ``len(scores)``, ``scores.columns`` and ``scores["erank"]`` are those of :meth:`frame`, without
+    pandas.
 
     Attributes
     ----------
@@ -110,15 +118,30 @@ class Scores:
         formats = dict.fromkeys(columns[2:], "+.2f")
         return Table(columns, rows, title="Rank correlations", formats=formats)
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return ["id", "loss", "n_tokens", "layer", "proj", "nuclear", "erank"]
+
+    def __len__(self) -> int:
+        return sum(len(row.erank) for row in self.rows)
+
+    def __getitem__(self, column: str) -> list[Cell]:
+        if column not in self.columns:
+            raise KeyError(f"no column {column!r}; there are {', '.join(self.columns)}")
+        place = self.columns.index(column)
+        return [record[place] for record in self._records()]
+
     def frame(self) -> Any:
-        """Data frame with a row for every example and layer: id, loss, tokens, layer, proj, ..."""
-        rows: list[list[Cell]] = [
+        """Return a pandas data frame."""
+        return Table(self.columns, self._records()).frame()
+
+    def _records(self) -> list[list[Cell]]:
+        return [
             [r.id, r.loss, r.tokens, layer, layer.rpartition(".")[2], r.nuclear[layer], rank]
             for r in self.rows
             for layer, rank in r.erank.items()
         ]
-        names = ["id", "loss", "tokens", "layer", "proj", "nuclear", "erank"]
-        return Table(names, rows).frame()
 
 
 class GradientQuality:
