@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fullrank.cli.shrink import Floor, parse_floor, shrink
 from fullrank.cli.shrink_tasks import read_calibration
-from fullrank.compress import Distillation, LowRankLinear, RankPlan
+from fullrank.compress import Distillation, LowRankLinear, RankPlan, measured_speed
 from fullrank.core.errors import InputError
 from fullrank.core.plan import PlanEntry
 
@@ -68,6 +68,23 @@ def test_a_share_then_its_plan(encoder, texts, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_layers_that_stay_dense_for_their_speed_are_counted(encoder, texts, tmp_path, monkeypatch):
+    def seconds(layer, x, count):
+        return 2.0 if isinstance(layer, LowRankLinear) and layer.in_features == 64 else 1.0
+
+    monkeypatch.setattr(measured_speed, "_clock", seconds)
+    monkeypatch.setattr(measured_speed, "_measured", {})
+    given = ["--keep", 0.6, "--method", "svd", "--calibrate", texts, "--no-recover"]
+    result = run(encoder, "--out", tmp_path / "out", *given)
+    assert result.exit_code == 0, result.output
+    plan = RankPlan.load(tmp_path / "out" / "plan.json")
+    assert plan.savings().kept > 0.6
+    assert sum(e.rank is None and "seconds" in e.options for e in plan.values()) == 1
+    said = "asked for 60%; 1 layer stays dense as slower here: --any-speed"
+    words = " ".join(result.output.split())
+    assert said in words, words[-600:]
+
+
 @pytest.mark.parametrize("method", ["lord", "pca", "svd", "gauss_newton"])
 def test_methods_that_calibrate(encoder, texts, tmp_path, method):
     out = tmp_path / "out"
@@ -100,11 +117,11 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --floor"),
+        ([], "give one of --floor, --keep and --plan: "),
         (["--keep", 0], "--keep 0"),
         (["--plan", "{plan}"], "planned by output_pca, which needs texts"),
         (["--keep", 0.5, "--method", "svd", "--calibrate", "{one}"], "or --no-recover"),
-        (["--keep", 0.5, "--floor", "RR>=90%"], "give one of --floor"),
+        (["--keep", 0.5, "--floor", "RR>=90%"], "--plan, not --floor and --keep"),
         (["--floor", "RR>=90%"], "pass --data"),
         (["--floor", "RR<=90%", "--data", "pydocs"], "higher RR is better"),
         (["--floor", "bpb>=90%", "--data", "pydocs"], "lower bits per byte is better"),
@@ -118,6 +135,11 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
         (["--keep", 0.5, "--method", "trp"], "trp needs texts"),
         (["--keep", 0.5, "--method", "pela"], "pela trains"),
         (["--keep", 1.5], "--keep 1.5"),
+        (["--floor", "foo>=97%", "--data", "nowhere"], "there is no metric 'foo'"),
+        (
+            ["--plan", "{other}", "--calibrate", "{texts}"],
+            "other.json: this is not a rank plan: there is no 'format'",
+        ),
         (["--keep", 0.5, "--method", "maestro"], "maestro needs texts"),
         (["--keep", 0.5, "--method", "qr"], "it is one of gauss_newton"),
         (["--keep", 0.01, "--method", "welore"], "welore keeps at least"),
@@ -131,7 +153,9 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
 def test_bad_input_is_named_and_nothing_is_written(encoder, texts, tmp_path, arguments, message):
     plan = RankPlan({"encoder.layer.0.output.dense": PlanEntry((32, 64), 4, "output_pca")})
     (tmp_path / "one.txt").write_text("a single text")
+    (tmp_path / "other.json").write_text("{}")
     known = {"texts": texts, "plan": plan.save(tmp_path / "p.json"), "one": tmp_path / "one.txt"}
+    known["other"] = tmp_path / "other.json"
     given = [str(a).format(**known) for a in arguments]
     result = run(encoder, "--out", tmp_path / "out", *given)
     assert isinstance(result.exception, InputError)

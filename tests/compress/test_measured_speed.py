@@ -1,6 +1,7 @@
 """Layers whose factors are slower than the layer itself are left alone, as measured."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -78,6 +79,23 @@ def test_a_size_is_timed_once(clock):
     assert len(clock) == once
     faster_only(model, plan, torch.randn(6, 16))
     assert len(clock) == 2 * once
+
+
+def test_a_busy_machine_decides_nothing(monkeypatch):
+    """Time that other work adds, to most rounds of the factors even, and a hair's difference."""
+    draw = random.Random(0)
+
+    def seconds(layer, x, count):
+        low_rank = isinstance(layer, LowRankLinear)
+        busy = draw.random() < (0.7 if low_rank else 0.2)
+        return (1.02 if low_rank and x.shape[0] == 3 else 1.0 - 0.5 * low_rank) + 9 * busy
+
+    monkeypatch.setattr(measured_speed, "_clock", seconds)
+    monkeypatch.setattr(measured_speed, "_measured", {})
+    model = nn.Sequential(nn.Linear(16, 16))
+    plan = make_plan(model, Fixed(2))
+    for rows in (2, 3):
+        assert faster_only(model, plan, torch.randn(rows, 16))["0"].rank == 2
 
 
 def test_factorize_and_families_leave_them_alone(clock):

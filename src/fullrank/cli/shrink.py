@@ -106,8 +106,13 @@ def shrink(
         for name, value in (("--floor", floor), ("--keep", keep), ("--plan", plan))
         if value is not None
     ]
-    if len(goals) != 1:
-        raise InputError(f"give one of --floor, --keep and --plan, not {len(goals)}")
+    if not goals:
+        raise InputError(
+            "give one of --floor, --keep and --plan: how good it has to stay, how much of it to "
+            "keep, or the ranks themselves; e.g. --keep 0.6"
+        )
+    if len(goals) > 1:
+        raise InputError(f"give one of --floor, --keep and --plan, not {' and '.join(goals)}")
     if floor is None and metric is not None:
         raise InputError("--metric says what --floor measures; give a floor")
     if floor is not None and data is None and metric is None:
@@ -179,11 +184,23 @@ def shrink(
         )
         chosen.save(part / "plan.json")
         atomic_write(part / "shrink.json", json.dumps(job.facts, indent=1).encode())
+    kept = chosen.savings().kept
     console.print(
-        f"{out}: keeps {chosen.savings().kept:.1%} of the linear parameters. After "
+        f"{out}: keeps {kept:.1%} of the linear parameters{_why_more(chosen, keep)}. After "
         f"`import fullrank` it loads with {task.usage(out)}; "
         "report.html there shows what was done."
     )
+
+
+def _why_more(plan: RankPlan, asked: float | None) -> str:
+    """Say how many layers stayed dense for their speed, and what was asked for."""
+    slower = sum(e.rank is None and "seconds" in e.options for e in plan.values())
+    if not slower:
+        return ""
+    more = asked is not None and plan.savings().kept > asked
+    wanted = f"asked for {100 * (asked or 0):.4g}%; " if more else ""
+    layers = "1 layer stays" if slower == 1 else f"{slower} layers stay"
+    return f" ({wanted}{layers} dense as slower here: --any-speed factorises all)"
 
 
 def _methods(names: str, several: bool) -> list[AnyMethod]:

@@ -44,7 +44,7 @@ def parse_floor(text: str, own: bool = False) -> Floor:
         )
     lower, relative = match["way"] == "<=", bool(match["percent"])
     value = float(match["value"]) / (100 if relative else 1)
-    metric = match["metric"] if own else LOSSES.get(match["metric"].lower(), match["metric"])
+    metric = match["metric"] if own else _known(match["metric"])
     if not own and lower != (metric in LOSSES.values()):
         right = ">=" if lower else "<="
         better = "higher" if lower else "lower"
@@ -54,3 +54,22 @@ def parse_floor(text: str, own: bool = False) -> Floor:
     if not lower and not 0 < value <= 1 and (relative or not own):
         raise InputError(f"floor {text!r}: the value lies in (0, 100 %] or (0, 1]")
     return Floor(metric, value, relative, lower)
+
+
+def _known(name: str) -> str:
+    """Return the metric of that name: a language model's, a classifier's, or ir-measures'."""
+    loss = LOSSES.get(name.lower())
+    if loss is not None:
+        return loss
+    if name.lower() == ACCURACY:
+        return name
+    from fullrank.evaluate.metrics import parse_metric
+
+    try:
+        parse_metric(name)
+    except InputError as error:
+        raise InputError(
+            f"floor: {error}. Language models have 'bits per byte' and 'perplexity', classifiers "
+            "'accuracy'; --metric takes your own"
+        ) from error
+    return name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,11 @@ from fullrank.core.plan import PlanEntry, RankPlan
 
 # Rounds of one timing each; dense and factorised take turns, so that both see the same machine.
 _ROUNDS = 15
+# Other work on the machine only ever adds time: the least of all rounds is the layer's own. Where
+# two are nearer than this there are more rounds to come.
+_NEAR, _MORE = 1.25, 3
+# Factors that lose by less are not told from the layer, and they are smaller.
+_TIE = 1.05
 # A timing repeats the call until it takes about so long: a clock and a thread pool have grain.
 _SECONDS = 1e-3
 
@@ -32,6 +36,11 @@ class Timing(NamedTuple):
     dense: float
     factorised: float
 
+    @property
+    def slower(self) -> bool:
+        """Whether the factors are slower by more than two timings of the same work differ."""
+        return self.factorised > _TIE * self.dense
+
 
 _measured: dict[tuple[object, ...], Timing] = {}
 
@@ -39,9 +48,10 @@ _measured: dict[tuple[object, ...], Timing] = {}
 def faster_only(model: nn.Module, plan: RankPlan, example: Batch) -> RankPlan:
     """Leave those layers dense whose factors are slower here than the layer itself.
 
-    Near break-even two thin products cost more than one: there are two to start, and thin ones
-    use a processor less well. How near depends on the machine and on the size of the input, so
-    that every distinct layer, rank and input size is timed, once in a process.
+    Slower by more than a twentieth, that is: less is noise. Near break-even two thin products cost
+    more than one: there are two to start, and thin ones use a processor less well. How near depends
+    on the machine and on the size of the input, so that every distinct layer, rank and input size
+    is timed, once in a process.
 
     Parameters
     ----------
@@ -86,7 +96,7 @@ def faster_only(model: nn.Module, plan: RankPlan, example: Batch) -> RankPlan:
         shape = list(inputs[name].shape)
         measured = {"dense": found.dense, "factorised": found.factorised, "input": shape}
         timed = replace(entry, options={**entry.options, "seconds": measured})
-        if found.factorised < found.dense:
+        if not found.slower:
             return timed
         times = f"{found.dense * 1e3:.3g} ms dense, {found.factorised * 1e3:.3g} ms at rank"
         reason = f"{entry.reason}: left dense, {times} {entry.rank} on {_times(shape)}"
@@ -110,16 +120,18 @@ def layer_timing(module: nn.Module, entry: PlanEntry, x: Tensor) -> Timing:
 
 
 def _race(dense: nn.Module, factorised: nn.Module, x: Tensor) -> Timing:
-    calls = []
-    for layer in (dense, factorised):
+    layers = (dense, factorised)
+    for layer in layers:
         _clock(layer, x, 1)
-        calls.append(max(1, round(_SECONDS / max(_clock(layer, x, 1), 1e-9))))
-    rounds = [
-        [_clock(layer, x, n) for layer, n in zip((dense, factorised), calls, strict=True)]
-        for _ in range(_ROUNDS)
-    ]
-    one, other = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return Timing(one, other)
+    once = [min(_clock(layer, x, 1) for _ in range(2)) for layer in layers]
+    calls = [max(1, round(_SECONDS / max(seconds, 1e-9))) for seconds in once]
+    best = [float("inf"), float("inf")]
+    for n in range(_ROUNDS * _MORE):
+        if n >= _ROUNDS and max(best) > _NEAR * min(best):
+            break
+        for i, layer in enumerate(layers):
+            best[i] = min(best[i], _clock(layer, x, calls[i]))
+    return Timing(*best)
 
 
 def _seconds(layer: nn.Module, x: Tensor, calls: int) -> float:

@@ -394,7 +394,8 @@ class RankPlan(Mapping[str, PlanEntry]):
                 fingerprint=data["fingerprint"],
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise PlanError(f"this is not a rank plan: {error}") from error
+            why = f"there is no {error} in it" if isinstance(error, KeyError) else error
+            raise PlanError(f"this is not a rank plan: {why}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -407,3 +408,5 @@ class RankPlan(Mapping[str, PlanEntry]):
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise PlanError(f"{path} is not a rank plan: {error}") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
