@@ -136,10 +136,6 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
         (["--keep", 0.5, "--method", "pela"], "pela trains"),
         (["--keep", 1.5], "--keep 1.5"),
         (["--floor", "foo>=97%", "--data", "nowhere"], "there is no metric 'foo'"),
-        (
-            ["--plan", "{other}", "--calibrate", "{texts}"],
-            "other.json: this is not a rank plan: there is no 'format'",
-        ),
         (["--keep", 0.5, "--method", "maestro"], "maestro needs texts"),
         (["--keep", 0.5, "--method", "qr"], "it is one of gauss_newton"),
         (["--keep", 0.01, "--method", "welore"], "welore keeps at least"),
@@ -153,9 +149,7 @@ def test_methods_without_data(encoder, tmp_path, method, keep):
 def test_bad_input_is_named_and_nothing_is_written(encoder, texts, tmp_path, arguments, message):
     plan = RankPlan({"encoder.layer.0.output.dense": PlanEntry((32, 64), 4, "output_pca")})
     (tmp_path / "one.txt").write_text("a single text")
-    (tmp_path / "other.json").write_text("{}")
     known = {"texts": texts, "plan": plan.save(tmp_path / "p.json"), "one": tmp_path / "one.txt"}
-    known["other"] = tmp_path / "other.json"
     given = [str(a).format(**known) for a in arguments]
     result = run(encoder, "--out", tmp_path / "out", *given)
     assert isinstance(result.exception, InputError)

@@ -282,3 +282,10 @@ def test_a_plan_is_a_mapping_that_does_not_change():
     for bad in ({"purpose": "speed"}, {"source": "guess"}):
         with pytest.raises(PlanError, match="it is one of"):
             RankPlan(source, **bad)
+
+
+def test_a_file_that_is_no_plan_is_named(tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text('{"format": 1}')
+    with pytest.raises(PlanError, match=r"other\.json: .* there is no 'entries' in it"):
+        RankPlan.load(file)
