@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -23,6 +24,22 @@ def test_nothing_is_shown_where_nobody_looks(monkeypatch, capsys):
     assert sys.stderr.getvalue() == ""
 
 
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for total, enabled in ((100, True), (None, True), (100, False)):
+        with progress("train", total, enabled, "%") as advance:
+            for _ in range(100):
+                clock[0] += 0.9
+                advance(1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "train: 34/100 %, elapsed 0:00:31, left 0:00:59"
+    assert lines[2] == "train: 34 %, elapsed 0:00:31"
+
+
 @pytest.mark.parametrize("total", [3, None])
 def test_a_terminal_gets_a_bar_on_standard_error(monkeypatch, capsys, total):
     monkeypatch.setattr(sys, "stderr", Terminal())
@@ -30,6 +47,7 @@ def test_a_terminal_gets_a_bar_on_standard_error(monkeypatch, capsys, total):
         advance(2)
         advance(1)
     assert "encode" in sys.stderr.getvalue()
+    assert "elapsed" in sys.stderr.getvalue()
     assert capsys.readouterr().out == ""
 
 

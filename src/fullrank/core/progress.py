@@ -1,10 +1,15 @@
-"""Progress bars on long work: on standard error, off where nobody looks."""
+"""Progress of long work on standard error: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+# Seconds between two lines where there is no terminal: short work has none, a log stays readable.
+_LINES_EVERY = 30.0
 
 
 @contextmanager
@@ -20,7 +25,7 @@ def progress(
     total
         Number of units, or None when it is not known.
     enabled
-        False shows nothing; neither does a standard error that is not a terminal.
+        False shows nothing. A standard error that is no terminal gets a line now and then.
     unit
         What is counted, e.g. ``"docs"``.
 
@@ -29,8 +34,11 @@ def progress(
     >>> with progress("encode", total=10, enabled=False) as advance:
     ...     advance(10)
     """
-    if not enabled or not sys.stderr.isatty():
+    if not enabled:
         yield lambda n: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(description, total, unit)
         return
     from rich.console import Console
     from rich.progress import (
@@ -47,6 +55,7 @@ def progress(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -56,3 +65,27 @@ def progress(
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def _lines(description: str, total: int | None, unit: str) -> Callable[[int], None]:
+    """Return ``advance(n)`` that prints how far it is, at most so often."""
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        now = time.monotonic()
+        if now - said < _LINES_EVERY:
+            return
+        said, gone = now, now - began
+        counted = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+        left = f", left {_time(gone * (total - done) / done)}" if total and done else ""
+        line = f"{description}: {counted} {unit}".rstrip()
+        print(f"{line}, elapsed {_time(gone)}{left}", file=sys.stderr, flush=True)
+
+    return advance
+
+
+def _time(seconds: float) -> timedelta:
+    return timedelta(seconds=max(0, round(seconds)))
