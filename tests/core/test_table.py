@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fullrank.core import InputError, Table
+from fullrank.core.table import wide_console
 
 TRICKY = 'a|b <script>alert("x")</script> & \n[bold]c[/bold]'
 
@@ -64,6 +65,23 @@ def test_the_terminal_shows_brackets_as_they_are():
     text = rendered(Table(["vs [base]"], [["[red]x[/red]"]], title="[lower, upper]"))
     for shown in ("vs [base]", "[red]x[/red]", "[lower, upper]"):
         assert shown in text
+
+
+def test_names_are_whole_however_narrow_the_terminal(monkeypatch, capsys):
+    from rich.console import Console
+
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qk"]
+    table = Table(["matrix", "rank"], [[name, 12.5] for name in names])
+    console = Console(width=24, record=True)
+    console.print(table)
+    text = "".join(c for c in console.export_text() if c.isalnum() or c in "._")
+    assert "q_proj" in text
+    assert "…" not in console.export_text()
+    capsys.readouterr()
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = Table([*map(str, range(9)), "matrix"], [[*["a long text"] * 9, names[0]]])
+    wide_console().print(wide)
+    assert names[0] in capsys.readouterr().out
 
 
 def test_titles_frames_and_text():

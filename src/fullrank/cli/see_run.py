@@ -38,14 +38,14 @@ def run(
     """
     from contextlib import suppress
 
-    from rich.console import Console
     from rich.live import Live
 
     from fullrank.core.errors import InputError
+    from fullrank.core.table import wide_console
     from fullrank.spectra.run_log import read_run
     from fullrank.spectra.run_log_page import write_page, write_tensorboard
 
-    console = Console()
+    console = wide_console()
     log = read_run(folder)
     if watch and not log.stopped:
         with Live(_shown(log), console=console, auto_refresh=False) as live:

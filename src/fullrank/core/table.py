@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fullrank.core.errors import InputError, require
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
 Cell = str | float | int | None
@@ -82,7 +85,10 @@ class Table:
 
         table = RichTable(title=escape(self.title) or None, title_justify="left")
         for column, numeric in zip(self.columns, self._numeric(), strict=True):
-            table.add_column(escape(column), justify="right" if numeric else "left")
+            if numeric:
+                table.add_column(escape(column), justify="right")
+            else:  # a name that is cut off says nothing: layers differ at their ends
+                table.add_column(escape(column), overflow="fold")
         for row in self._texts():
             table.add_row(*map(escape, row))
         return table
@@ -132,3 +138,14 @@ class Table:
         """Return a pandas data frame of the raw values."""
         pandas = require("pandas", extra="search")
         return pandas.DataFrame([list(row) for row in self.rows], columns=list(self.columns))
+
+
+def wide_console() -> Console:
+    """Return a console for tables: of the terminal's width, and wide where there is none.
+
+    What goes into a file or a pipe is then one line a row. ``COLUMNS`` says otherwise.
+    """
+    from rich.console import Console
+
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else 200)
