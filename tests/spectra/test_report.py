@@ -75,6 +75,17 @@ def test_what_moved_is_seen(model):
     assert min(v for n, v in shares.items() if n != "layer.1.down") > 1 - 1e-6
 
 
+def test_dead_directions_of_either_model(model):
+    pruned = Net()
+    pruned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        pruned.layer[1]["down"].weight[3] = 0
+    found = model_report(model, pruned, name="whole", against_name="pruned")
+    assert [row[:4] for row in found.flaw_table().rows] == [["pruned", "layer.1.down", 1, 1]]
+    alone = model_report(pruned).flaw_table()
+    assert (alone.columns[0], alone.rows[0][0]) == ("matrix", "layer.1.down")
+
+
 def test_models_that_do_not_fit(model):
     with pytest.raises(InputError, match="different architectures"):
         model_report(model, nn.Sequential(nn.Linear(3, 3)))

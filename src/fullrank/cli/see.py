@@ -94,7 +94,8 @@ def model(
     if found.activations:
         console.print(found.activation_table())
     flawed = found.flaw_table()
-    console.print(flawed if flawed.rows else "no dead or duplicated directions")
+    names = " and ".join(x.model for x in (found.xray, found.other) if x is not None)
+    console.print(flawed if flawed.rows else f"no dead or duplicated directions in {names}")
     if html is not None:
         console.print(f"written: {found.to_html(html)}")
     if json is not None:

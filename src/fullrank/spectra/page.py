@@ -187,11 +187,12 @@ def _flawed(report: ModelReport) -> str:
     if not report.flaws:
         return ""
     table = report.flaw_table()
+    count = len(report.flaws) + len(report.other_flaws)
     if table.rows:
         shown = f'<div class="wide">{table.html()}</div>'
     else:
         shown = (
-            f"<p>None: every singular direction of the {len(report.flaws)} matrices is above the "
+            f"<p>None: every singular direction of the {count} matrices is above the "
             "rounding of the stored numbers, and no row or column repeats another.</p>"
         )
     return (

@@ -39,6 +39,8 @@ class ModelReport:
         Name -> what the leading subspaces of both models' matrices share.
     activations
         Name -> spectrum of the layer's inputs over a sample of texts; empty without data.
+    other_flaws
+        As ``flaws``, of the second model.
     """
 
     xray: XRay
@@ -46,6 +48,7 @@ class ModelReport:
     other: XRay | None = None
     overlaps: Mapping[str, Overlap] = field(default_factory=dict)
     activations: Mapping[str, Spectrum] = field(default_factory=dict)
+    other_flaws: Mapping[str, Flaws] = field(default_factory=dict)
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """Make a self-contained page, which runs nothing and loads nothing.
@@ -61,9 +64,12 @@ class ModelReport:
         return text if path is None else atomic_write(path, text.encode())
 
     def flaw_table(self) -> Table:
-        """One row for every matrix with dead or duplicated directions."""
+        """One row for every matrix of either model with dead or duplicated directions."""
+        both = [(self.xray.model, self.flaws)]
+        both += [(self.other.model, self.other_flaws)] if self.other is not None else []
         rows: list[list[Any]] = [
             [
+                *([model] if self.other is not None else []),
                 name,
                 found.dead or None,
                 found.rows.zeros or None,
@@ -72,10 +78,12 @@ class ModelReport:
                 found.columns.count or None,
                 _examples(found),
             ]
-            for name, found in self.flaws.items()
+            for model, flaws in both
+            for name, found in flaws.items()
             if found.any
         ]
-        columns = ["matrix", "dead directions", "zero rows", "repeated rows"]
+        columns = ["model"] if self.other is not None else []
+        columns += ["matrix", "dead directions", "zero rows", "repeated rows"]
         columns += ["zero columns", "repeated columns", "for example"]
         return Table(columns, rows, title="Dead and duplicated directions")
 
@@ -170,7 +178,8 @@ def model_report(
     first.compare(second)  # says what does not fit, before the subspaces are taken
     others = {w.name: w for w in weight_matrices(against) if w.name in second}
     overlaps = _all_overlaps(first, weights, others, rank, show_progress)
-    return ModelReport(first, flaws, second, overlaps, activations or {})
+    other_flaws = _all_flaws(second, others, show_progress)
+    return ModelReport(first, flaws, second, overlaps, activations or {}, other_flaws)
 
 
 def _present(model: nn.Module, include: list[str] | None) -> list[str] | None:
