@@ -1,5 +1,6 @@
 """Reranking with a (random) cross-encoder: the library's own scores, in any batching."""
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_documents_must_be_known(reranker, corpus):
         reranker({"q": "rank"}, Run({"q": (["zz"], [1.0])}), corpus)
 
 
-def test_a_model_without_a_score_is_refused(tmp_path, capfd):
+def test_a_model_without_a_score_is_refused(tmp_path, capfd, monkeypatch):
     with pytest.raises(InputError, match=r"no cross-encoder: .* classifier\.weight.*give a cross"):
         CrossEncoderReranker(save_encoder(tmp_path / "encoder"), device="cpu")
     assert "REPORT" not in "".join(capfd.readouterr())
@@ -109,6 +110,7 @@ def test_a_model_without_a_score_is_refused(tmp_path, capfd):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"no weights for classifier\.bias"):
         CrossEncoderReranker(folder, device="cpu")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="give a cross-encoder") as error:
         CrossEncoderReranker("nobody/nothing")
     assert "minilm" not in str(error.value)
