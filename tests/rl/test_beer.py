@@ -255,3 +255,35 @@ def test_settings_that_make_no_sense():
         BEERRegularizer(official=True)(phi, phi_next, reward, w)
     with pytest.raises(InputError, match="reduction"):
         beer_loss(phi, phi_next, reward, w, 0.9, reduction="median")
+
+
+def test_what_stands_behind_the_end_of_an_episode_never_counts():
+    phi, phi_next, reward, w = draw(6, 4, 0)
+    done = torch.tensor([1, 0, 0, 1, 0, 0])
+    broken = torch.where(done[:, None] > 0, float("nan"), phi_next)
+    phi.requires_grad_()
+    loss = beer_loss(phi, broken, reward * 3, w, 0.9, done=done, next_features_for_bound=broken)
+    assert loss == beer_loss(phi, phi_next, reward * 3, w, 0.9, done=done,
+                             next_features_for_bound=phi_next)  # fmt: skip
+    loss.backward()
+    assert torch.isfinite(phi.grad).all()
+    assert (phi.grad[done > 0] == 0).all()
+    term = BEERRegularizer()
+    assert torch.isfinite(term(phi, broken, reward, w, done=done, bias=0.5))
+    assert all(torch.isfinite(value) for value in term.last_stats.values())
+
+
+def test_arrays_will_do():
+    phi, phi_next, reward, w = draw(6, 4, 0)
+    arrays = [x.numpy() for x in (phi, phi_next, reward, w)]
+    done = np.array([True, False] * 3)
+    expected = beer_loss(phi, phi_next, reward, w, 0.9, done=torch.from_numpy(done), bias=0.5)
+    assert beer_loss(*arrays, 0.9, done=done, bias=np.float32(0.5)) == expected
+    bound = bellman_cosine_bound(phi, phi_next, reward, w, 0.9)
+    assert torch.equal(bellman_cosine_bound(*arrays, 0.9), bound)
+
+
+@pytest.mark.parametrize("beta", [-1.0, float("nan"), float("inf")])
+def test_weights_that_make_no_sense(beta):
+    with pytest.raises(InputError, match="beta="):
+        BEERRegularizer(beta=beta)

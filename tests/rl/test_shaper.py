@@ -111,6 +111,18 @@ def test_tokens():
     assert (at_end[2] == 0).all()
 
 
+@pytest.mark.parametrize(("official", "plain"), MODES.items())
+def test_the_official_names(official, plain):
+    one = RankShaper(ema="official", mode=official)
+    other = RankShaper(ema=0.3, start="official", mode=plain)
+    assert vars(one) == vars(other)
+    *measures, adv = (x.numpy() for x in draw(4, 0))
+    shaped = [
+        s.shape(adv=adv, er=measures[0], erv=measures[1], era=measures[2]) for s in (one, other)
+    ]
+    assert torch.equal(*shaped)
+
+
 @pytest.mark.parametrize("start", ["first_batch", "official"])
 def test_state_goes_on_exactly(start, tmp_path):
     def run(shaper, steps):
@@ -132,7 +144,15 @@ def test_state_goes_on_exactly(start, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kappa": 0.0}, {"ema": 0.0}, {"aux_weight": -1.0}, {"mode": "c"}, {"bonus_on": "all"}],
+    [
+        {"kappa": 0.0},
+        {"ema": 0.0},
+        {"aux_weight": -1.0},
+        {"mode": "c"},
+        {"bonus_on": "all"},
+        {"kappa": float("nan")},
+        {"ema": "none"},
+    ],
 )
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(InputError, match=next(iter(settings))):

@@ -7,7 +7,7 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fullrank.core.errors import StoreError
+from fullrank.core.errors import InputError, StoreError
 from fullrank.rl import (
     VERLConfig,
     VERLRLOOConfig,
@@ -184,6 +184,44 @@ def test_hidden_states_are_those_behind_each_token(prompts, tmp_path):
     torch.testing.assert_close(through, found, rtol=0, atol=1e-6)
 
 
+def test_hidden_states_are_without_dropout(prompts, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False
+    )
+    made = VERLTrainer(
+        model(),
+        digits,
+        args=settings(tmp_path),
+        train_dataset=prompts,
+        processing_class=byte_tokenizer(),
+        peft_config=config,
+    )
+    made.model.train()
+    ids = torch.arange(40, 56).reshape(2, 8)
+    mask = torch.ones_like(ids)
+    out = {"prompt_ids": ids[:, :3], "completion_ids": ids[:, 3:]}
+    out |= {"prompt_mask": mask[:, :3], "completion_mask": mask[:, 3:]}
+    assert torch.equal(made._hidden_states(out), made._hidden_states(out))
+    assert made.model.training
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (VERLConfig, {"rank_stride": 0}, "rank_stride=0"),
+        (VERLConfig, {"rank_max_tokens": 0}, "rank_max_tokens=0"),
+        (VERLConfig, {"rank_kappa": 0.0}, "kappa=0"),
+        (VERLRLOOConfig, {"rank_bonus_on": "last_token"}, "one advantage a response"),
+    ],
+)
+def test_settings_are_refused_before_training(kind, values, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        settings(tmp_path, kind, **values)
+    official = settings(tmp_path, kind, rank_mode="PlanB", rank_ema="official").shaper()
+    assert (official.mode, official.ema, official.start) == ("adaptive", 0.3, "official")
+
+
 def test_last_token_bonus(prompts, tmp_path):
     trainer = run(tmp_path, prompts, rank_bonus_on="last_token", max_steps=3)
     assert all(torch.isfinite(torch.tensor(losses(trainer))))
@@ -213,3 +251,5 @@ def test_rewards():
     conversation = [{"role": "assistant", "content": "so\n#### 1,200"}]
     assert arithmetic_reward([conversation, "none"], ["#### 1200", "3"]) == [1.0, 0.0]
     assert arithmetic_reward(["it is 0.50"], ["0.5"]) == [1.0]
+    silent = [[], [{"role": "assistant", "content": None}]]
+    assert arithmetic_reward(silent, ["1", "1"]) == [0.0, 0.0]

@@ -125,6 +125,10 @@ def test_strides_dtypes_and_gradients():
     expected = rank_dynamics(hidden[:, ::2, ::3].contiguous(), stride=4)
     for a, b in zip(rank_dynamics(hidden[:, ::2, ::3], stride=4), expected, strict=True):
         assert torch.equal(a, b)
+    for a, b in zip(
+        rank_dynamics(H=hidden.numpy(), stride=4), rank_dynamics(hidden, stride=4), strict=True
+    ):
+        assert torch.equal(a, b)
     found = rank_dynamics(hidden.float().requires_grad_(), stride=4)
     assert not found.er.requires_grad
     assert found.er.dtype == torch.float64

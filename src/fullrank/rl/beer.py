@@ -8,6 +8,7 @@ features, and does nothing once the equation holds: the rank adapts to the task.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -90,7 +91,7 @@ def bellman_cosine_bound(
     phi, phi_next, reward, w = _checked(phi, phi_next, reward, w)
     discount = float(gamma**n_step)
     if bias is not None:
-        reward = reward - (1 - discount) * bias
+        reward = reward - (1 - discount) * torch.as_tensor(bias).to(reward).reshape(())
     here = phi.norm(dim=1).clamp_min(eps)
     there = phi_next.norm(dim=1).clamp_min(eps)
     squared = there if phi_next_norm is None else phi_next_norm
@@ -149,9 +150,9 @@ def beer_loss(
     >>> bool(loss > 0 or loss == 0)
     True
     """
-    excess, _ = _violation(phi, phi_next, reward, w, gamma, bias, next_features_for_bound, n_step)
-    if done is not None and mask_terminal:
-        excess = excess * (1 - _column(done, len(excess), "done").to(excess))
+    ended = done if mask_terminal else None
+    numerator = next_features_for_bound
+    excess, _ = _violation(phi, phi_next, reward, w, gamma, bias, numerator, n_step, ended)
     if reduction == "none":
         return excess
     if reduction not in ("mean", "sum"):
@@ -184,7 +185,7 @@ class BEERRegularizer(nn.Module):
     Raises
     ------
     InputError
-        When ``beta`` is negative or ``gamma`` not in (0, 1].
+        When ``beta`` is negative or not finite, or ``gamma`` not in (0, 1].
 
     Examples
     --------
@@ -198,7 +199,7 @@ class BEERRegularizer(nn.Module):
 
     def __init__(self, beta: float = 1e-3, gamma: float = 0.99, official: bool = False) -> None:
         super().__init__()
-        if beta < 0 or not 0 < gamma <= 1:
+        if not 0 <= beta < math.inf or not 0 < gamma <= 1:
             raise InputError(f"beta={beta}, gamma={gamma}; expected beta >= 0 and 0 < gamma <= 1")
         self.beta = beta
         self.gamma = _OFFICIAL_GAMMA if official else gamma
@@ -212,7 +213,7 @@ class BEERRegularizer(nn.Module):
         reward: Tensor,
         w: Tensor,
         done: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | float | None = None,
         next_features_for_bound: Tensor | None = None,
         n_step: int = 1,
     ) -> Tensor:
@@ -223,15 +224,15 @@ class BEERRegularizer(nn.Module):
                 "features of the next state as next_features_for_bound="
             )
         numerator = next_features_for_bound if self.official else None
-        fixed = None if bias is None or self.official else bias.detach().reshape(())
-        excess, cosine = _violation(phi, phi_next, reward, w, self.gamma, fixed, numerator, n_step)
-        if done is not None and not self.official:
-            excess = excess * (1 - _column(done, len(excess), "done").to(excess))
+        fixed, ended = (None, None) if self.official else (bias, done)
+        excess, cosine = _violation(
+            phi, phi_next, reward, w, self.gamma, fixed, numerator, n_step, ended
+        )
         self.last_stats = {
             "violating": (excess.detach() > 0).to(excess).mean(),
             "violation": excess.detach().mean(),
             "cosine": cosine.detach().mean(),
-            "weight_norm": w.detach().norm(),
+            "weight_norm": torch.as_tensor(w).detach().norm(),
         }
         return self.beta * excess.mean()
 
@@ -249,9 +250,17 @@ def _violation(
     bias: Tensor | float | None,
     numerator: Tensor | None,
     n_step: int,
+    done: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Excess of each row's cosine over its bound, and the cosine."""
-    phi, phi_next, reward, w = _checked(phi, phi_next.detach(), reward, w.detach())
+    """Excess of each row's cosine over its bound, and the cosine; 0 in rows that ended."""
+    phi, phi_next, reward, w = _checked(phi, phi_next, reward, w)
+    phi_next, w = phi_next.detach(), w.detach()
+    going = torch.ones_like(reward)
+    if done is not None:
+        going = 1 - _column(torch.as_tensor(done, device=phi.device), len(phi), "done").to(reward)
+    # Whatever stands for the next state of an episode that ended is no state.
+    goes_on = (going > 0)[:, None]
+    phi_next = torch.where(goes_on, phi_next, 1.0)
     mixed = numerator is not None
     bound = bellman_cosine_bound(
         phi,
@@ -269,13 +278,19 @@ def _violation(
     cosine = functional.cosine_similarity(
         torch.where(alive[:, None], phi, torch.ones_like(phi)), phi_next, dim=1
     )
-    return functional.relu(cosine - bound) * alive, cosine * alive
+    weight = alive * going
+    excess = torch.where(goes_on[:, 0], functional.relu(cosine - bound), 0.0)
+    return excess * weight, cosine * weight
 
 
 def _checked(
     phi: Tensor, phi_next: Tensor, reward: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features ``(B, d)``, reward ``(B,)`` and weight ``(d,)`` in at least float32."""
+    """Features ``(B, d)``, reward ``(B,)`` and weight ``(d,)`` in at least float32.
+
+    Arrays will do.
+    """
+    phi, phi_next, reward, w = (torch.as_tensor(x) for x in (phi, phi_next, reward, w))
     if phi.ndim != 2 or phi.shape != phi_next.shape or 0 in phi.shape:
         raise InputError(
             f"features of shapes {tuple(phi.shape)} and {tuple(phi_next.shape)}; expected two "

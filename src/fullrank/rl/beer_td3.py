@@ -40,7 +40,7 @@ class BEERTD3(TD3):  # type: ignore[misc]
     Raises
     ------
     InputError
-        When ``beta`` is negative.
+        When ``beta`` is negative or not finite.
 
     Examples
     --------
@@ -52,8 +52,8 @@ class BEERTD3(TD3):  # type: ignore[misc]
     def __init__(
         self, policy: Any, env: Any, *args: Any, beta: float = 1e-3, **kwargs: Any
     ) -> None:
-        if beta < 0:
-            raise InputError(f"beta={beta}; it is not negative")
+        if not 0 <= beta < float("inf"):
+            raise InputError(f"beta={beta}; it is neither negative nor infinite")
         self.beta = beta
         super().__init__(policy, env, *args, **kwargs)
 

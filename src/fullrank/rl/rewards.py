@@ -49,4 +49,7 @@ def arithmetic_reward(completions: Sequence[Any], answer: Sequence[str], **_: An
 
 
 def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """Of a conversation the last message; nothing where there is none, or it has no text."""
+    if isinstance(completion, str):
+        return completion
+    return str((completion[-1] if completion else {}).get("content") or "")

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from fullrank.core.errors import InputError
 
-Mode = Literal["adaptive", "half", "both"]
+Mode = Literal["adaptive", "half", "both", "PlanB", "FixTwo", "FixOne"]
 BonusOn = Literal["sequence", "last_token"]
 Ema = Literal["first_batch", "official"]
 
+# What the official code calls them.
+_MODES: dict[str, Mode] = {"PlanB": "adaptive", "FixTwo": "half", "FixOne": "both"}
+_EMA = 0.3
 _TINY = 1e-8
 # Relative deviations are cut off here (official code).
 _LARGEST = 5.0
@@ -44,7 +47,8 @@ class RankShaper:
     kappa
         The bonus is at most ``|A| / kappa``; 2. Above 1 no sign flips.
     ema
-        alpha: weight of the newest batch in the running means; 0.3.
+        alpha: weight of the newest batch in the running means; 0.3. ``"official"`` is 0.3 with
+        ``start="official"``.
     aux_weight
         Of the bonus; 1. 0 leaves advantages as they are, bit for bit.
     dynamic
@@ -52,8 +56,8 @@ class RankShaper:
         running mean S that starts at 0.
     mode
         ``"adaptive"``: ``beta = sigmoid(g z_ERA)`` weighs ER (exploring) and ``1 - beta`` ERV
-        (exploiting). ``"half"``: beta is 0.5. ``"both"``: both count in full. In the official
-        code PlanB, FixTwo and FixOne.
+        (exploiting). ``"half"``: beta is 0.5. ``"both"``: both count in full. The official code's
+        names ``"PlanB"``, ``"FixTwo"`` and ``"FixOne"`` are known too.
     bonus_on
         ``"sequence"``: every token of a response (the paper's formula); ``"last_token"``: its
         last one (official code).
@@ -82,7 +86,7 @@ class RankShaper:
         self,
         gain: float = 2.0,
         kappa: float = 2.0,
-        ema: float = 0.3,
+        ema: float | Literal["official"] = _EMA,
         aux_weight: float = 1.0,
         *,
         dynamic: bool = False,
@@ -90,7 +94,10 @@ class RankShaper:
         bonus_on: BonusOn = "sequence",
         start: Ema = "first_batch",
     ) -> None:
-        if kappa <= 0 or not 0 < ema <= 1 or aux_weight < 0:
+        if ema == "official":
+            ema, start = _EMA, "official"
+        mode = _MODES.get(mode, mode)
+        if isinstance(ema, str) or not (kappa > 0 and 0 < ema <= 1 and aux_weight >= 0):
             raise InputError(
                 f"kappa={kappa}, ema={ema}, aux_weight={aux_weight}; expected kappa > 0, "
                 "0 < ema <= 1 and aux_weight >= 0"
@@ -141,7 +148,7 @@ class RankShaper:
 
     def shape(
         self,
-        advantages: Tensor,
+        adv: Tensor,
         er: Tensor,
         erv: Tensor,
         era: Tensor,
@@ -151,8 +158,8 @@ class RankShaper:
 
         Parameters
         ----------
-        advantages
-            ``(B,)``, or ``(B, T)`` one a token.
+        adv
+            ``(B,)`` advantages, or ``(B, T)`` one a token.
         er, erv, era
             ``(B,)`` measures of the responses.
         mask
@@ -162,22 +169,21 @@ class RankShaper:
         Returns
         -------
         Tensor
-            Of the advantages' shape; ``(B, T)`` for ``bonus_on="last_token"``. Where the
-            advantage is 0, and in a response without tokens, it stays 0.
+            Of the advantages' shape; with a mask ``(B, T)``, 0 outside of it. Where the advantage
+            is 0, and in a response without tokens, it stays 0.
         """
-        if advantages.shape[0] != er.shape[0]:
-            raise InputError(
-                f"{advantages.shape[0]} advantages for {er.shape[0]} responses; one each"
-            )
-        if mask is None and (advantages.ndim > 1 or self.bonus_on == "last_token"):
+        adv, er = torch.as_tensor(adv), torch.as_tensor(er)
+        if adv.shape[0] != er.shape[0]:
+            raise InputError(f"{adv.shape[0]} advantages for {er.shape[0]} responses; one each")
+        if mask is None and (adv.ndim > 1 or self.bonus_on == "last_token"):
             raise InputError("one advantage a token needs mask=, True on each response's tokens")
         if self.aux_weight == 0:
-            return advantages
+            return adv
         signal, _ = self.signal(er, erv, era)
-        signal = signal.clamp_min(0).to(advantages)
-        by_token = advantages
+        signal = signal.clamp_min(0).to(adv)
+        by_token = adv
         if mask is not None:
-            by_token = advantages if advantages.ndim > 1 else advantages[:, None] * mask
+            by_token = adv if adv.ndim > 1 else adv[:, None] * mask
             where = _last(mask) if self.bonus_on == "last_token" else mask.bool()
             signal = signal[:, None] * where
         bonus = torch.minimum(signal, by_token.abs() / self.kappa)
@@ -229,6 +235,7 @@ def _tensor(values: list[float] | None) -> Tensor | None:
 
 def _stacked(er: Tensor, erv: Tensor, era: Tensor) -> Tensor:
     """``(3, B)`` in at least float32."""
+    er, erv, era = (torch.as_tensor(measure) for measure in (er, erv, era))
     if not er.ndim == erv.ndim == era.ndim == 1 or not len(er) == len(erv) == len(era) > 0:
         raise InputError(
             f"measures of shapes {tuple(er.shape)}, {tuple(erv.shape)} and {tuple(era.shape)}; "

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.core.errors import StoreError, require
+from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
+from fullrank.core.modes import evaluating
 from fullrank.rl.shaper import BonusOn, Ema, Mode, RankShaper
 from fullrank.spectra import RankDynamics, rank_dynamics
 
@@ -32,25 +33,46 @@ class RankOptions:
     """What VERL adds to a trainer's settings; see :class:`~fullrank.rl.RankShaper`."""
 
     rank_stride: int = field(default=40, metadata={"help": "Tokens between two prefixes (s)."})
-    rank_max_tokens: int = field(
+    rank_max_tokens: int | None = field(
         default=512, metadata={"help": "Last tokens that velocity and acceleration look at."}
     )
     rank_gain: float = field(default=2.0, metadata={"help": "Sharpness of the controller (g)."})
     rank_kappa: float = field(
         default=2.0, metadata={"help": "The bonus is at most |A| / kappa; above 1 no sign flips."}
     )
-    rank_ema: float = field(default=0.3, metadata={"help": "Weight of the newest batch."})
+    rank_ema: float | str = field(
+        default=0.3,
+        metadata={"help": "Weight of the newest batch; official: 0.3, and rank_start=official."},
+    )
     rank_aux_weight: float = field(default=1.0, metadata={"help": "Of the bonus; 0 turns it off."})
     rank_dynamic: bool = field(
         default=False, metadata={"help": "Let the weight fall as rewards in [-1, 1] rise."}
     )
-    rank_mode: Mode = field(default="adaptive", metadata={"help": "adaptive, half or both."})
+    rank_mode: Mode = field(
+        default="adaptive", metadata={"help": "adaptive, half or both; or PlanB, ..."}
+    )
     rank_bonus_on: BonusOn = field(
         default="sequence", metadata={"help": "sequence, or last_token as the official code."}
     )
     rank_start: Ema = field(
         default="first_batch", metadata={"help": "How running means begin; or official."}
     )
+
+    def __post_init__(self) -> None:
+        """Say before training what does not fit.
+
+        Raises
+        ------
+        InputError
+            On values out of range.
+        """
+        getattr(super(), "__post_init__", lambda: None)()
+        self.shaper()
+        most = self.rank_max_tokens
+        if self.rank_stride < 1 or (most is not None and most < 1):
+            raise InputError(
+                f"rank_stride={self.rank_stride}, rank_max_tokens={most}; expected at least 1"
+            )
 
     def shaper(self) -> RankShaper:
         """Return a shaper of these settings.
@@ -63,7 +85,7 @@ class RankOptions:
         return RankShaper(
             self.rank_gain,
             self.rank_kappa,
-            self.rank_ema,
+            self.rank_ema,  # type: ignore[arg-type]
             self.rank_aux_weight,
             dynamic=self.rank_dynamic,
             mode=self.rank_mode,
@@ -86,6 +108,15 @@ class VERLConfig(RankOptions, GRPOConfig):  # type: ignore[misc]
 @dataclass
 class VERLRLOOConfig(RankOptions, RLOOConfig):  # type: ignore[misc]
     """RLOO's settings and VERL's; the bonus goes to whole responses."""
+
+    def __post_init__(self) -> None:
+        """Refuse what RLOO has no place for: it has one advantage a response."""
+        super().__post_init__()
+        if self.rank_bonus_on != "sequence":
+            raise InputError(
+                f"rank_bonus_on={self.rank_bonus_on!r}; RLOO has one advantage a response, so that "
+                "the bonus goes to 'sequence'"
+            )
 
 
 class _RankShaping:
@@ -137,15 +168,16 @@ class _RankShaping:
 
     @torch.no_grad()
     def _hidden_states(self, out: dict[str, Any]) -> Tensor:
-        """``(B, C, d)`` last-layer states behind each token of the completions."""
+        """``(B, C, d)`` last-layer states behind each token of the completions, dropout off."""
         ids = torch.cat([out["prompt_ids"], out["completion_ids"]], dim=1)
         mask = torch.cat([out["prompt_mask"], out["completion_mask"]], dim=1)
         length = out["completion_ids"].shape[1]
         run = self._through_trainer if self._is_sharded() else self._through_model
         size = self.args.per_device_train_batch_size
-        parts = [
-            run(ids[i : i + size], mask[i : i + size], length) for i in range(0, len(ids), size)
-        ]
+        with evaluating(self.model):
+            parts = [
+                run(ids[i : i + size], mask[i : i + size], length) for i in range(0, len(ids), size)
+            ]
         return torch.cat(parts)
 
     def _is_sharded(self) -> bool:

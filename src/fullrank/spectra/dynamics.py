@@ -48,16 +48,16 @@ class RankDynamics(NamedTuple):
 
 @torch.no_grad()
 def rank_dynamics(
-    hidden: Tensor, mask: Tensor | None = None, stride: int = 40, max_tokens: int | None = 512
+    H: Tensor, mask: Tensor | None = None, stride: int = 40, max_tokens: int | None = 512
 ) -> RankDynamics:
     """Effective rank, its velocity and acceleration along each response.
 
     Parameters
     ----------
-    hidden
-        ``(B, T, D)`` last-layer states, the row of a token being the state that produced it.
-        What is given in float64 is worked on in float64, and exact to 1e-8 of it. What is given
-        in float32 or less has longer prefixes in float32: see below.
+    H
+        ``(B, T, D)`` array or tensor of last-layer states, the row of a token being the state
+        that produced it. What is given in float64 is worked on in float64, and exact to 1e-8 of
+        it. What is given in float32 or less has longer prefixes in float32: see below.
     mask
         ``(B, T)``, True on a response's tokens, anywhere in the row; None takes all.
     stride
@@ -69,7 +69,7 @@ def rank_dynamics(
     Returns
     -------
     RankDynamics
-        In float64, on the device of ``hidden``. For float32, ranks of more than 64 tokens (and
+        In float64, on the device of ``H``. For float32, ranks of more than 64 tokens (and
         not more than the width) are off by about 1e-6 of theirs where spectra are even, by up to
         6e-4 where one direction holds almost all; others to rounding.
 
@@ -86,7 +86,7 @@ def rank_dynamics(
     >>> found.er.round(decimals=1).tolist(), bool((found.erv > 0).all())
     ([15.6, 15.7], True)
     """
-    hidden, lengths = _packed(hidden, mask, stride, max_tokens)
+    hidden, lengths = _packed(H, mask, stride, max_tokens)
     limit = hidden.shape[1] if max_tokens is None else max_tokens
     kept = lengths.clamp(max=limit)
     window = _last(hidden, lengths, kept)
@@ -110,6 +110,7 @@ def _packed(
     hidden: Tensor, mask: Tensor | None, stride: int, max_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
     """States with the tokens of each response at the front, and how many there are."""
+    hidden = torch.as_tensor(hidden)
     if hidden.ndim != 3 or 0 in hidden.shape or not hidden.is_floating_point():
         raise InputError(
             f"hidden states of shape {tuple(hidden.shape)} and {hidden.dtype}; expected floating "
@@ -120,6 +121,7 @@ def _packed(
     rows, length = hidden.shape[:2]
     if mask is None:
         mask = torch.ones(rows, length, dtype=torch.bool, device=hidden.device)
+    mask = torch.as_tensor(mask, device=hidden.device)
     if mask.shape != (rows, length):
         raise InputError(
             f"a mask of shape {tuple(mask.shape)} for {rows} responses of {length} tokens"

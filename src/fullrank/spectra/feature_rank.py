@@ -14,18 +14,18 @@ Kind = Literal["numerical", "effective", "srank"]
 
 
 def feature_rank(
-    features: Any, eps: float = 0.01, kind: Kind = "numerical", delta: float = 0.01
+    Phi: Any, eps: float = 0.01, kind: Kind = "numerical", delta: float = 0.01
 ) -> float:
     """Rank of features by one of three definitions.
 
     Parameters
     ----------
-    features
+    Phi
         ``(N, d)`` array or tensor, one row a sample, as they are (not centred).
     eps
         Threshold of ``"numerical"``: 0.01 (BEER and Lyle et al. 2022).
     kind
-        ``"numerical"``: singular values of ``features / sqrt(N)`` above ``eps``.
+        ``"numerical"``: singular values of ``Phi / sqrt(N)`` above ``eps``.
         ``"effective"``: the exponential of the entropy of the singular values.
         ``"srank"``: how many of the largest singular values hold ``1 - delta`` of their sum
         (Kumar et al. 2021).
@@ -43,7 +43,7 @@ def feature_rank(
     >>> feature_rank(features), feature_rank(features, kind="srank")
     (2.0, 2.0)
     """
-    F = as_tensor(features, "the features")
+    F = as_tensor(Phi, "the features")
     if F.ndim != 2:
         raise InputError(f"features of shape {tuple(F.shape)}; expected (samples, width)")
     if kind not in get_args(Kind):
