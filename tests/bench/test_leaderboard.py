@@ -1,9 +1,11 @@
 """From runs to rows, tables and pictures."""
 
+import warnings
+
 import pytest
 
 from fullrank.bench.leaderboard import Found, Leaderboard, rows_of, steps_to
-from fullrank.bench.plot import loss_against_state
+from fullrank.bench.plot import Point, loss_against_state, scatter
 from fullrank.bench.sizes import size_of
 
 
@@ -91,6 +93,15 @@ def test_the_table_says_steps_tokens_and_what_is_missing(rows):
     assert "abc: packages: numpy 2.0" in text
     assert "width 96, 2 layers" in text
     assert board.to_json()["rows"]["abc"][0]["optimizer"] == "Muon"
+
+
+def test_a_single_place_on_a_logarithmic_axis_is_drawn_without_a_warning():
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        picture = scatter([Point(46.4660327026524, 2, 0, "one")], "t", ("x", "y"), log=True)
+    assert b"one" in picture
 
 
 def test_the_picture_names_those_that_have_a_loss_and_is_the_same_twice(rows):
