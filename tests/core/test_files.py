@@ -36,6 +36,18 @@ def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, erro
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_target_that_cannot_be_written_is_named_not_its_temporary(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target, kind in (
+        (Path("/proc/x.run"), FileNotFoundError),
+        (tmp_path / "file" / "x", OSError),
+    ):
+        with pytest.raises(kind) as told:
+            atomic_write(target, b"new")
+        assert str(told.value).startswith(f"cannot write {target} (")
+        assert told.value.errno
+
+
 def test_a_process_that_dies_leaves_the_old_file(tmp_path):
     path = atomic_write(tmp_path / "a.txt", b"old")
     script = (

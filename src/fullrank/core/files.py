@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -51,15 +52,34 @@ def atomic_write_by(path: str | Path, write: Callable[[Path], None]) -> Path:
     For writers that take a path and no bytes.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
         sync_folder(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        # Where the folder could not be made there is nothing to remove.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and _of(error, temporary, *target.parents):
+            raise _unwritable(target, error) from error
         raise
     return target
+
+
+def _of(error: OSError, *paths: Path) -> bool:
+    """Whether an error is of one of these; a writer may fail on a file of its own."""
+    named = error.filename is not None
+    return error.errno is not None and (not named or Path(str(error.filename)) in paths)
+
+
+def _unwritable(target: Path, error: OSError) -> OSError:
+    """Name the file that was to be written; nobody knows the temporary one."""
+    told = type(error)(
+        f"cannot write {target} ({error.strerror}); give another place, or make room there"
+    )
+    told.errno = error.errno
+    return told
