@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -171,11 +171,19 @@ class RunSettings(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             lines = [
-                f"{'.'.join(map(str, e['loc'])) or 'the run'}: "
-                f"{e['msg'].removeprefix('Value error, ')}"
+                f"{'.'.join(map(str, e['loc'])) or 'the run'}: {cls._wrong(e['type'], e)}"
                 for e in error.errors()
             ]
             raise InputError("; ".join(lines)) from error
+
+    @classmethod
+    def _wrong(cls, kind: str, error: Mapping[str, Any]) -> str:
+        if kind != "extra_forbidden":
+            return str(error["msg"]).removeprefix("Value error, ")
+        known: Any = cls
+        for section in error["loc"][:-1]:
+            known = known.model_fields[section].annotation
+        return f"there is no such key; there are {', '.join(known.model_fields)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON values."""
