@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -69,6 +70,23 @@ def test_errors_are_one_line_without_traceback(fullrank, monkeypatch, raised, co
     assert found.code == code
     assert said in found.err
     assert "Traceback" not in found.err
+
+
+def test_warnings_are_one_line_without_a_place(fullrank, monkeypatch):
+    monkeypatch.setattr("fullrank.catalogue.METHODS", _Warning())
+    assert fullrank("methods").err == "warning: 3 layers saw few samples\n"
+
+
+def test_paragraphs_of_help_are_wrapped_by_the_terminal(fullrank, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = fullrank("see", "data", "--help").out
+    assert "it pushes the weights, their effective rank in how many directions." in shown
+
+
+class _Warning(list):
+    def __iter__(self):
+        warnings.warn("3 layers\n saw few samples", stacklevel=1)
+        return super().__iter__()
 
 
 class _Failing:

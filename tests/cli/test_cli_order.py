@@ -77,6 +77,25 @@ def test_filters(fullrank, index):
     assert "apple" in fullrank("order", "search", index, "fruit", "--where", "kind!=m").out
 
 
+def test_runs_of_other_collections_and_runs_given_twice_are_told(fullrank, files, tmp_path):
+    run, qrels = tmp_path / "a.run", tmp_path / "other.txt"
+    run.write_text("q1 Q0 apple 1 1.0 a\n")
+    found = fullrank("order", "evaluate", run, run, files / "qrels.txt")
+    assert (found.code, f"{run} is given twice" in found.err) == (2, True)
+    qrels.write_text("1 0 d1 1\n")
+    found = fullrank("order", "evaluate", run, qrels)
+    assert (found.code, "no query in common (e.g. 'q1' and '1')" in found.err) == (2, True)
+    qrels.write_text("q1 0 d1 1\n")
+    found = fullrank("order", "evaluate", run, qrels)
+    assert found.code == 0
+    assert found.err.startswith(f"warning: {run} ranks no document that {qrels} judges")
+
+
+def test_what_to_type_next_is_quoted(fullrank, files, tmp_path):
+    made = fullrank("order", "index", files / "docs.jsonl", "--out", tmp_path / "my notes")
+    assert f"search '{tmp_path / 'my notes'}'" in " ".join(made.out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -46,10 +46,19 @@ def test_the_example_is_a_run(fullrank, tmp_path):
     assert "fira_adamw" in fullrank("train", "lm", "--optimizers").out.split()
 
 
+def test_a_name_that_is_still_the_examples_is_told(fullrank, tmp_path):
+    path = tmp_path / "tune.yaml"
+    path.write_text(fullrank("train", "finetune", "--example").out)
+    done = fullrank("train", "finetune", path, "--out", tmp_path / "x")
+    assert done.code == 2
+    assert "write the folder or the Hugging Face name of a model there" in done.err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("loop.stepz=3", "loop.stepz"),
+        ("loop.stepz=3", "loop.stepz: there is no such key; there are steps, seconds, batch_size"),
+        ("loops.steps=3", "loops: there is no such key; there are model, data, optimizer, loop"),
         ("optimizer.name=adam", "no optimizer 'adam'"),
         ("data.source=nowhere.txt", "no texts at 'nowhere.txt'"),
     ],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import _thread
+import inspect
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -42,6 +44,26 @@ app.command("demo")(demo.demo)
 app.command("methods")(methods.methods)
 
 
+def _reflow(group: typer.Typer) -> None:
+    """Let the terminal wrap the paragraphs of every command's help, not the source.
+
+    Paragraphs with indented lines stay as they are written.
+    """
+    for command in group.registered_commands:
+        text = command.help or inspect.getdoc(command.callback) or ""
+        paragraphs = [
+            paragraph if "\n  " in paragraph else paragraph.replace("\n", " ")
+            for paragraph in text.split("\n\n")
+        ]
+        command.help = "\n\n".join(paragraphs)
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            _reflow(inner.typer_instance)
+
+
+_reflow(app)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"fullrank {__version__}")
@@ -67,7 +89,7 @@ def main() -> NoReturn:
     # Accepted anywhere on the line, not just before the command.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        with _no_interrupt_lost():
+        with _no_interrupt_lost(), nullcontext() if debug else _plain_warnings():
             returned = app(args=arguments, prog_name="fullrank", standalone_mode=False)
         code = returned if isinstance(returned, int) else 0
     except Exception as error:
@@ -104,6 +126,24 @@ def _no_interrupt_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = usual
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings for the user as a line without the place in the code that gave them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _interrupt_main() -> None:

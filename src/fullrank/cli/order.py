@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fullrank.core.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,14 +20,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Search, rerank and evaluate.")
 
 _DOCS = (
-    "What to index: a .jsonl or .tsv file, a BEIR folder, a folder of .txt and .md files, "
+    "a .jsonl or .tsv file, a BEIR folder, a folder of .txt and .md files, "
     "ir_datasets:ID, hf:NAME, or pydocs, cranfield, vaswani."
 )
 
 
 @app.command()
 def index(
-    docs: Annotated[str, typer.Argument(help=_DOCS)],
+    docs: Annotated[str, typer.Argument(help=f"What to index: {_DOCS}")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the index; NAME.index by default.")
     ] = None,
@@ -55,9 +60,10 @@ def index(
         for name in dict(named).values():
             find_model(name)  # before a long read of documents
         made = Index.create(folder, read_corpus(docs), encoders)
+    typed = shlex.quote(str(folder))
     Console().print(
         f"{folder}: {len(made.corpus):,} documents, systems {', '.join(made.systems)}.\n"
-        f'Try: fullrank order search {folder} "..."   or: fullrank serve {folder}'
+        f'Try: fullrank order search {typed} "..."   or: fullrank serve {typed}'
     )
 
 
@@ -86,7 +92,6 @@ def search(
     """
     from rich.console import Console
 
-    from fullrank.core.errors import InputError
     from fullrank.datasets import read_queries
     from fullrank.retrieval import Index
 
@@ -107,13 +112,16 @@ def search(
 @app.command()
 def rerank(
     run: Annotated[Path, typer.Argument(help="TREC run file.")],
-    docs: Annotated[str, typer.Argument(help=_DOCS)],
+    docs: Annotated[str, typer.Argument(help=f"The documents that the run ranks: {_DOCS}")],
     queries: Annotated[Path, typer.Argument(help="Queries: .tsv (id, text) or .jsonl.")],
     model: Annotated[str, typer.Option(help="A cross-encoder: a folder or a Hugging Face id.")],
     out: Annotated[Path, typer.Option(help="Run file to write.")],
     depth: Annotated[int, typer.Option(help="How many of the top are reranked.", min=1)] = 100,
 ) -> None:
-    """Rerank a run with a cross-encoder."""
+    """Rerank a run with a cross-encoder.
+
+    Example: fullrank order rerank bm25.run notes/ queries.tsv --model cross-encoder --out new.run
+    """
     from rich.console import Console
 
     from fullrank.core.run import Run
@@ -149,7 +157,6 @@ def evaluate(
     """
     from rich.console import Console
 
-    from fullrank.core.errors import InputError
     from fullrank.core.files import atomic_write
     from fullrank.core.run import Run
     from fullrank.datasets import read_qrels
@@ -161,6 +168,8 @@ def evaluate(
     qrels = read_qrels(judgements)
     metrics = metric or ["nDCG@10", "AP", "RR", "R@100"]
     read = _named_runs([Run.from_trec(f) for f in files], files)
+    for run, file in zip(read.values(), files, strict=True):
+        _check_judged(run, file, qrels, judgements)
     if len(read) == 1:
         found = evaluate(next(iter(read.values())), qrels, metrics)
         table = found.table()
@@ -180,9 +189,31 @@ def evaluate(
 
 def _named_runs(runs: list[Run], files: list[Path]) -> dict[str, Run]:
     """Name runs by their tags, or by their files where tags repeat."""
+    twice = [file for i, file in enumerate(files) if file in files[:i]]
+    if twice:
+        raise InputError(f"{twice[0]} is given twice; give each run once")
     tags = [run.name for run in runs]
     names = tags if len(set(tags)) == len(tags) else [str(f) for f in files]
     return {name: run.named(name) for name, run in zip(names, runs, strict=True)}
+
+
+def _check_judged(
+    run: Run, file: Path, qrels: Mapping[str, Mapping[str, int]], judgements: Path
+) -> None:
+    """Tell a run that was judged and failed from one of other queries or other documents."""
+    shared = [query for query in run if query in qrels]
+    if not shared:
+        ours, theirs = next(iter(run), ""), next(iter(qrels))
+        raise InputError(
+            f"{file} and {judgements} have no query in common (e.g. {ours!r} and {theirs!r}): "
+            "they are of different collections"
+        )
+    if not any(item in qrels[query] for query in shared for item in run[query].ids):
+        warnings.warn(
+            f"{file} ranks no document that {judgements} judges: every metric is 0. Are they of "
+            "one collection?",
+            stacklevel=2,
+        )
 
 
 def _stem(docs: str) -> str:

@@ -18,7 +18,10 @@ def serve(
         bool, typer.Option("--open", help="Open the page in a browser.")
     ] = False,
 ) -> None:
-    """Serve a search page, and the same over a JSON API (described at /openapi.json)."""
+    """Serve a search page, and the same over a JSON API (described at /openapi.json).
+
+    Example: fullrank serve notes.index --open
+    """
     from fullrank.serve import serve as run
 
     run(folder, host=host, port=port, open_browser=open_browser)

@@ -98,7 +98,10 @@ def shrink(
         bool, typer.Option("--fresh", help="Start again, whatever an interrupted run left.")
     ] = False,
 ) -> None:
-    """Make a model smaller: to a metric floor, to a share of its parameters, or by a plan."""
+    """Make a model smaller: to a metric floor, to a share of its parameters, or by a plan.
+
+    Example: fullrank shrink my-encoder --floor 'nDCG@10>=97%' --data pydocs --out smaller
+    """
     # A folder such as "." has no name to derive others from.
     out = out.expanduser().resolve()
     goals = [

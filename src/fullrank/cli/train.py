@@ -45,7 +45,12 @@ def encoder(
         str, typer.Option(help="Encoder: a folder, a Hugging Face id, or the embedded one.")
     ] = DEFAULT_ENCODER,
     seconds: Annotated[
-        float, typer.Option(help="Time to train for, evaluations included; 0 for no limit.", min=0)
+        float,
+        typer.Option(
+            help="Time to train for, evaluations included; 0 for no limit. One step and "
+            "its evaluation always run.",
+            min=0,
+        ),
     ] = 150.0,
     epochs: Annotated[float, typer.Option(help="Passes over the pairs, at most.")] = 4.0,
     max_steps: Annotated[
@@ -89,7 +94,10 @@ def encoder(
     fresh: Fresh = False,
     ranks_every: RanksEvery = 0,
 ) -> None:
-    """Fine-tune a dense encoder so that queries find the documents judged relevant to them."""
+    """Fine-tune a dense encoder so that queries find the documents judged relevant to them.
+
+    Example: fullrank train encoder pydocs --out tuned --seconds 150
+    """
     from fullrank.training import EncoderTraining, train_encoder
     from fullrank.training.finetune_data import read_judged
 

@@ -8,21 +8,23 @@ from typing import Annotated
 from rich.console import Console
 
 from fullrank.cli.train_options import (
+    PLACEHOLDER,
     Fresh,
     Optimizers,
     RanksEvery,
     changes,
     folder,
     out_folder,
+    read_run,
     settings,
     shows,
 )
 
-EXAMPLE = """\
+EXAMPLE = f"""\
 # fullrank train finetune run.yaml --out tuned
 model:
   kind: lm                # or classifier, encoder
-  name: FOLDER-OR-HUGGING-FACE-NAME
+  name: {PLACEHOLDER}
 data:
   # lm: a text or JSONL file (text, or prompt and completion), a folder, python_source, gsm8k
   # classifier: JSONL with text and label;  encoder: pydocs, cranfield, a BEIR folder
@@ -32,7 +34,7 @@ adapter:
   method: eva             # fullrank train finetune --adapters lists them; full: none
   rank: 8
   as_lora: false          # true: saved as an ordinary LoRA, which loads without fullrank
-  options: {rho: 2.0}
+  options: {{rho: 2.0}}
 optimizer:
   name: adamw             # fullrank train finetune --optimizers lists them
   lr: 0.001
@@ -76,7 +78,7 @@ def finetune(
     from fullrank.training.finetune import finetune as tune
     from fullrank.training.finetune_config import FULL, FinetuneRun
 
-    run = FinetuneRun.read(config, overrides or [])
+    run = read_run(FinetuneRun, config, overrides)
     out = out_folder(out, config)
     tuned = tune(run, out=out, resume=not fresh, ranks_every=ranks_every)
     console = Console()

@@ -14,6 +14,7 @@ from fullrank.cli.train_options import (
     changes,
     folder,
     out_folder,
+    read_run,
     settings,
     shows,
 )
@@ -66,7 +67,7 @@ def lm(
     """
     from fullrank.training import LMTraining, train_lm
 
-    run = LMTraining.read(config, overrides or [])
+    run = read_run(LMTraining, config, overrides)
     out = out_folder(out, config)
     trained = train_lm(run, out=out, resume=not fresh, ranks_every=ranks_every)
     console = Console()

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from fullrank.training.lm_config import RunSettings
+
+Run = TypeVar("Run", bound="RunSettings")
+
+PLACEHOLDER = "FOLDER-OR-HUGGING-FACE-NAME"
+"""What examples have in place of a model's name."""
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again, whatever is in the folder.")]
 
@@ -25,6 +33,19 @@ def settings(*sections: str) -> Any:
     return typer.Argument(help=f"YAML or TOML file: {', '.join(sections)}.")
 
 
+def read_run(kind: type[Run], config: Path, overrides: list[str] | None) -> Run:
+    """Read the file of settings with what is changed of it."""
+    from fullrank.core.errors import InputError
+
+    run = kind.read(config, overrides or [])
+    if run.as_dict()["model"]["name"] == PLACEHOLDER:
+        raise InputError(
+            f"model.name in {config} is still the example's: write the folder or the Hugging Face "
+            "name of a model there, and in data.source what to train on"
+        )
+    return run
+
+
 def changes(example: str) -> Any:
     """What is changed of the file."""
     return typer.Argument(help=f"section.key=value, e.g. {example}.")
@@ -32,7 +53,10 @@ def changes(example: str) -> Any:
 
 def folder(what: str) -> Any:
     """Where the result goes."""
-    return typer.Option(help=f"New folder for {what}; the same command goes on where it stopped.")
+    return typer.Option(
+        help=f"New folder for {what}; the same command goes on where it stopped.",
+        show_default="the file's name without its ending",
+    )
 
 
 def shows(flag: str, what: str, text: Callable[[], str]) -> Any:

@@ -11,6 +11,7 @@ from fullrank.cli.train_options import (
     changes,
     folder,
     out_folder,
+    read_run,
     settings,
     shows,
 )
@@ -67,7 +68,7 @@ def rl(
     from fullrank.training.rl import train_rl
     from fullrank.training.rl_config import RLRun
 
-    run = RLRun.read(config, overrides or [])
+    run = read_run(RLRun, config, overrides)
     out = out_folder(out, config)
     trained = train_rl(run, out)
     console = Console()
