@@ -56,14 +56,14 @@ def scatter(
         axes = _axes(figure, title, labels)
         if log:
             axes.set_xscale("log")
+            across = [point.x for point in points]
+            if across and max(across) < min(across) * 1.001:
+                # A single place has no width to scale to.
+                axes.set_xlim(min(across) / 2, max(across) * 2)
         for point in points:
             axes.errorbar(
                 point.x, point.y, yerr=point.spread, fmt="o", ms=5, lw=1, capsize=2, color=_POINT
             )
-        across = [point.x for point in points]
-        if log and across and max(across) < min(across) * 1.001:
-            # On a logarithmic axis a single place has no width to scale to.
-            axes.set_xlim(min(across) / 2, max(across) * 2)
         axes.autoscale_view()
         _name_points(axes, canvas.get_renderer(), [(p.x, p.y, p.name) for p in points])
         buffer = io.BytesIO()
