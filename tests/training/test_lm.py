@@ -307,8 +307,9 @@ def test_settings_that_make_no_sense(changes, message):
 def test_what_does_not_fit_is_named(name, sections, message, texts):
     run = run_of(name, **sections)
     given = None if run.data.source == "nowhere" else texts
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as told:
         train_lm(run, texts=given, progress=False)
+    assert "minilm" not in str(told.value)  # an encoder does not take a language model's place
 
 
 def test_too_little_text():

@@ -20,6 +20,9 @@ _ENCODER = (
     "download"
 )
 
+LANGUAGE_MODEL = "a folder, or a Hugging Face id such as 'org/name', of a language model"
+"""What errors propose where the default encoder would not do."""
+
 Kind = Literal["encoder", "language model", "classifier"]
 
 # The package repackages someone else's weights, so what it carries is checked once a process.
@@ -93,7 +96,7 @@ def find_model(name: str | Path, *, wanted: str = _ENCODER) -> str:
     return source
 
 
-def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
+def load_model(name: str | Path, load: Callable[[str], Any], *, wanted: str = _ENCODER) -> Any:
     """Load a model by name, quietly; a name that means nothing is told from a broken model.
 
     Parameters
@@ -102,13 +105,15 @@ def load_model(name: str | Path, load: Callable[[str], Any]) -> Any:
         See :func:`resolve_model`.
     load
         Called with a folder or a Hugging Face id, e.g. ``AutoModel.from_pretrained``.
+    wanted
+        See :func:`resolve_model`.
 
     Raises
     ------
     InputError
         When there is no such model, or it cannot be read; the message says which.
     """
-    source = find_model(name)
+    source = find_model(name, wanted=wanted)
     try:
         with quiet_transformers():
             return load(source)

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fullrank.core.errors import InputError, require
-from fullrank.core.models import load_model
+from fullrank.core.models import LANGUAGE_MODEL, load_model
 from fullrank.core.modes import evaluating
 from fullrank.datasets.texts import Texts
 from fullrank.training.processes import Processes
 
 END = "<|end|>"
 BYTES = "bytes"
+# Of language models and of classifiers.
+_TOKENIZED = "a folder with a tokenizer, or a Hugging Face id such as 'org/name'"
 Ids = npt.NDArray[np.int32]
 
 
@@ -34,7 +36,7 @@ def read_tokenizer(name: str) -> Any:
     # A tokenizer may come without a model.
     files = ("tokenizer.json", "tokenizer_config.json")
     alone = any((Path(name) / file).is_file() for file in files)
-    return loader(name) if alone else load_model(name, loader)
+    return loader(name) if alone else load_model(name, loader, wanted=_TOKENIZED)
 
 
 def byte_tokenizer() -> Any:
@@ -210,7 +212,7 @@ def load_lm(name: str | None, config: dict[str, Any] | None, tokenizer: Any, dty
     wanted = getattr(torch, dtype)
     if name is not None:
         load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=wanted)
-        return load_model(name, load)
+        return load_model(name, load, wanted=LANGUAGE_MODEL)
     values = {"vocab_size": len(tokenizer), **(config or {})}
     end = tokenizer.eos_token_id
     values = {"bos_token_id": end, "eos_token_id": end, "use_cache": False, **values}
