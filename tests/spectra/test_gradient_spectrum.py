@@ -120,6 +120,13 @@ def test_a_padded_batch_gives_each_examples_own_spectra():
             )
 
 
+def test_arrays_will_do():
+    model, arrays = load(VECTORS[0])
+    ids, labels = sample(arrays, 0)
+    found = gradient_spectrum(model, ids.numpy(), labels.numpy())
+    assert found == gradient_spectrum(model, ids, labels)
+
+
 def test_the_batchs_own_gradient():
     model, arrays = load(VECTORS[0])
     _, ids, labels, mask = batch(arrays)

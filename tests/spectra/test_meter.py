@@ -200,10 +200,11 @@ def _worker(rank, folder, shards, options, results):
 
 
 @pytest.mark.parametrize(
-    ("cut", "options"), [(0, {"center": True}), (50, {"exact_to": 2, "sketch": 5})]
+    ("cut", "options"),
+    [(0, {"center": True}), (40, {"center": True}), (50, {"exact_to": 2, "sketch": 5})],
 )
 def test_sums_over_two_processes(tmp_path, cut, options):
-    Z = draw(90, 6, 6)
+    Z = draw(90, 6, 6) + (1e5 if "center" in options else 0)
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
@@ -221,6 +222,26 @@ def test_narrow_numbers_are_squared_in_wide_ones(dtype):
     # Squares of these underflow in half precision, and their sums lose most of it in bfloat16.
     Z = (1e-4 * draw(64, 5, 5)).to(dtype)
     assert streamed(Z).values == pytest.approx(Spectrum(Z).values, rel=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact_to": 2, "sketch": 5}])
+def test_a_large_mean_takes_no_digits_from_what_is_centred(options):
+    Z = draw(90, 6, 6) + 1e6
+    expected = streamed(Z - Z.mean(0), center=True, **options).values
+    one, two, empty = (SpectrumMeter(center=True, **options) for _ in range(3))
+    one.update(Z[:20])
+    two.load_state_dict(one.state_dict())
+    two.reset()
+    two.update(torch.cat([Z[20:50], Z[:20] + 3.0]), torch.arange(50) < 30)
+    one.merge(two)
+    empty.merge(one)
+    resumed = SpectrumMeter(center=True, **options)
+    resumed.load_state_dict(empty.state_dict())
+    resumed.update(Z[50:])
+    assert resumed.count == 90
+    assert resumed.spectrum().values == pytest.approx(expected, rel=1e-7)
+    with pytest.raises(InputError, match="centres"):
+        SpectrumMeter(**options).load_state_dict(one.state_dict())
 
 
 def test_constant_features_are_no_direction():
@@ -260,7 +281,7 @@ def test_bad_batches_change_nothing(batch, says):
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_what_cannot_be_squared_is_named(size):
-    for options in ({}, {"exact_to": 1, "sketch": 2}):
+    for options in ({}, {"exact_to": 1, "sketch": 2}, {"center": True}):
         meter = SpectrumMeter(**options)
         meter.update(size * draw(9, 3, 3))
         with pytest.raises(InputError, match="range of float64"):

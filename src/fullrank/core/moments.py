@@ -72,6 +72,19 @@ class Sums:
     def _add(self, rows: Tensor) -> None:
         """Add rows ``(n, d)``, float64, to the sums of the subclass."""
 
+    @torch.no_grad()
+    def move(self, by: Tensor) -> None:
+        """Make these the sums of the same samples, each minus a vector ``(d,)``.
+
+        Near zero squares keep the digits that a large common mean takes from them.
+        """
+        by = by.to(self.sum)
+        self._move(by)
+        self.sum -= self.count * by
+
+    def _move(self, by: Tensor) -> None:
+        """As :meth:`move`, of the subclass's sums; ``sum`` is still that of before."""
+
     def merge(self, other: Sums) -> None:
         """Add what another instance has seen, e.g. on another shard."""
         if other.width != self.width:
@@ -154,6 +167,10 @@ class Moments(Sums):
     def _add(self, rows: Tensor) -> None:
         for band in _bands(self.width):
             self.second[band, : band.stop].addmm_(rows[:, band].T, rows[:, : band.stop])
+
+    def _move(self, by: Tensor) -> None:
+        cross = torch.outer(self.sum - self.count / 2 * by, by)
+        self.second -= cross + cross.T
 
     @property
     def second_moment(self) -> Tensor:

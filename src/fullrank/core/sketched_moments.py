@@ -77,6 +77,11 @@ class SketchedMoments(Sums):
         self.sketched.addmm_(rows.T, rows @ self.omega)
         self.trace += rows.square().sum()
 
+    def _move(self, by: Tensor) -> None:
+        half = self.sum - self.count / 2 * by
+        self.sketched -= torch.outer(half, by @ self.omega) + torch.outer(by, half @ self.omega)
+        self.trace -= 2 * half @ by
+
     def eigenvalues(self, center: bool = False) -> SketchedValues:
         """Leading eigenvalues of the second moment, or of the centred one, not divided by N."""
         self._check_seen()

@@ -73,7 +73,7 @@ def gradient_spectrum(
         A causal language model; run in evaluation mode, then left as it was, with all its flags
         and gradients. Weights may be frozen or quantised, and adapters beside them.
     input_ids, labels
-        ``(T,)`` or ``(B, T)``; labels of -100 are not scored (they are shifted here, as in
+        Tensors or arrays ``(T,)`` or ``(B, T)``; labels of -100 are not scored (they are shifted here, as in
         transformers).
     modules
         ``"attention"`` (its projections, the paper's choice), a regular expression that is
@@ -192,6 +192,7 @@ def backward(
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    tensor = torch.as_tensor(tensor)
     return tensor[None] if tensor.ndim == 1 else tensor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -36,7 +37,7 @@ class SpectrumMeter:
     Parameters
     ----------
     center
-        Subtract the mean row.
+        Subtract the mean row. That of the first batch goes at once: a large mean costs no digits.
     exact_to
         Width up to which the whole moment is kept.
     sketch
@@ -70,6 +71,8 @@ class SpectrumMeter:
         self.sketch = sketch
         self.device = device
         self._sums: Sums | None = None
+        # Taken off every sample where the mean goes anyway: about that mean.
+        self._origin: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -91,9 +94,14 @@ class SpectrumMeter:
             the meter is then unchanged.
         """
         rows = as_tensor(batch, "a batch", finite=False)
+        keep = None if mask is None else torch.as_tensor(mask)
         sums = self._sums or self._fresh(rows.shape[-1] if rows.ndim else 0, rows.device)
-        sums.update(rows, None if mask is None else torch.as_tensor(mask))
-        self._sums = sums
+        origin = self._origin
+        if self.center and rows.ndim and rows.shape[-1] == sums.width:
+            origin = _mean(rows, keep, sums.sum) if origin is None else origin
+            rows = rows if origin is None else rows.to(origin) - origin
+        sums.update(rows, keep)
+        self._sums, self._origin = sums, origin
 
     def spectrum(self) -> Spectrum:
         """Spectrum of everything seen: ``min(N, K)`` values, or as many as the sketch has.
@@ -130,9 +138,16 @@ class SpectrumMeter:
         values = torch.where(values > _ROUNDING * scale, values, 0.0)
         return Spectrum((values * sums.count).sqrt())
 
+    def _move_to(self, origin: Tensor) -> None:
+        """Have the sums be those of samples minus this vector."""
+        if self._sums is not None:
+            origin = origin.to(self._sums.sum)
+            self._sums.move(origin if self._origin is None else origin - self._origin)
+        self._origin = origin.clone()
+
     def reset(self) -> None:
         """Forget everything."""
-        self._sums = None
+        self._sums = self._origin = None
 
     def merge(self, other: SpectrumMeter) -> None:
         """Add what another meter has seen, e.g. on another shard."""
@@ -140,7 +155,17 @@ class SpectrumMeter:
             return
         if self._sums is None:
             self._sums = self._fresh(other._sums.width, other._sums.sum.device)
-        self._sums.merge(other._sums)
+        if self._sums.width != other._sums.width or not (self.center or other.center):
+            self._sums.merge(other._sums)
+            return
+        # Theirs are merged from a copy, about the same origin; a meter that does not centre has 0.
+        theirs = copy.deepcopy(other)
+        zero = torch.zeros_like(self._sums.sum)
+        if self.center and self._origin is None:
+            self._move_to(zero if other._origin is None else other._origin)
+        theirs._move_to(zero if self._origin is None else self._origin)
+        assert theirs._sums is not None
+        self._sums.merge(theirs._sums)
 
     def sync(self, process_group: Any = None) -> None:
         """Sum over all processes of a ``torch.distributed`` group, in place.
@@ -168,11 +193,24 @@ class SpectrumMeter:
             raise InputError(f"processes saw samples of widths {narrowest} and {widest}")
         if self._sums is None:
             self._sums = self._fresh(widest, device)
+        if self.center:
+            self._move_to(self._shared_origin(process_group, device))
         self._sums.all_reduce(process_group, device)
+
+    def _shared_origin(self, process_group: Any, device: torch.device) -> Tensor:
+        """Mean of the processes' origins, each as often as it has samples."""
+        assert self._sums is not None
+        origin = torch.zeros_like(self._sums.sum) if self._origin is None else self._origin
+        weighted = torch.cat([origin, origin.new_ones(1)]).to(device) * self.count
+        torch.distributed.all_reduce(weighted, group=process_group)
+        return weighted[:-1] / weighted[-1].clamp_min(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return plain tensors, fit for safetensors; empty when nothing was seen."""
-        return {} if self._sums is None else self._sums.state_dict()
+        if self._sums is None:
+            return {}
+        origin = {} if self._origin is None else {"origin": self._origin.clone()}
+        return self._sums.state_dict() | origin
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what :meth:`state_dict` gave.
@@ -183,15 +221,19 @@ class SpectrumMeter:
             When it is that of a meter that sketches otherwise.
         """
         if not state:
-            self._sums = None
+            self.reset()
             return
         sums = self._fresh(state["sum"].numel(), torch.device("cpu"))
-        if set(state) != {"count", *sums.sums}:
+        if set(state) - {"origin"} != {"count", *sums.sums}:
             raise InputError(
                 "the state is of a meter with other exact_to or sketch: they decide what is kept"
             )
+        if "origin" in state and not self.center:
+            raise InputError("the state is of a meter that centres, and this one does not")
         sums.load_state_dict(state)
         self._sums = sums
+        origin = state.get("origin")
+        self._origin = None if origin is None else origin.to(sums.sum, copy=True)
 
     def _fresh(self, width: int, device: torch.device) -> Sums:
         where = self.device or ("cpu" if device.type == "mps" else device)
@@ -210,6 +252,14 @@ class SpectrumMeter:
         return torch.device("cuda", torch.cuda.current_device())
 
 
+def _mean(rows: Tensor, keep: Tensor | None, like: Tensor) -> Tensor | None:
+    """Mean of the rows that count, as ``like``; None where none does."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if keep is not None and keep.shape == rows.shape[:-1]:
+        flat = flat[keep.reshape(-1).to(rows.device, torch.bool)]
+    return flat.to(like).mean(0) if len(flat) else None
+
+
 def few_samples(count: int, width: int) -> str:
     """What to say of fewer samples than dimensions."""
     return (
@@ -219,7 +269,7 @@ def few_samples(count: int, width: int) -> str:
 
 
 def _check_range(sums: Sums, energy: float) -> None:
-    if energy == float("inf") or (energy == 0.0 and bool(sums.sum.any())):
+    if not energy < float("inf") or (energy == 0.0 and bool(sums.sum.any())):
         raise InputError(
             "squares of what was seen leave the range of float64: scale the samples first"
         )
