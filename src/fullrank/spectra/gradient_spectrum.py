@@ -73,8 +73,8 @@ def gradient_spectrum(
         A causal language model; run in evaluation mode, then left as it was, with all its flags
         and gradients. Weights may be frozen or quantised, and adapters beside them.
     input_ids, labels
-        Tensors or arrays ``(T,)`` or ``(B, T)``; labels of -100 are not scored (they are shifted here, as in
-        transformers).
+        Tensors or arrays ``(T,)`` or ``(B, T)``; labels of -100 are not scored (they are shifted
+        here, as in transformers).
     modules
         ``"attention"`` (its projections, the paper's choice), a regular expression that is
         searched in names, or a function of name and module. Fused query, key and value count
