@@ -143,6 +143,8 @@ def test_the_page_says_it_all(model, tmp_path):
     )
     text = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "X-ray of base and small" in text
+    assert "lowest linear layer" in text
+    assert "over 4 linear layers" in text
     assert "row 3 like 0" in text
     assert "What flows through the layers" in text
     assert "What both models share" in text
@@ -155,3 +157,4 @@ def test_the_page_says_it_all(model, tmp_path):
 def test_a_model_without_anything_to_plan():
     text = model_report(nn.Sequential(nn.Embedding(9, 8))).to_html()
     assert "Ranks to start from" not in text
+    assert "lowest matrix" in text

@@ -7,14 +7,13 @@ only the sheet that the address names.
 from __future__ import annotations
 
 import html
-import re
 from typing import TYPE_CHECKING
 
 from fullrank.core.errors import InputError
 from fullrank.core.table import Table
 from fullrank.spectra.curves import legend
 from fullrank.spectra.page_sheets import sheet
-from fullrank.spectra.page_style import envelope, facts
+from fullrank.spectra.page_style import envelope, facts, figure_class
 from fullrank.spectra.planning_suggestions import Suggestion, suggestions
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
     from fullrank.core.plan import Purpose
     from fullrank.spectra.report import ModelReport
-
-_SMALL = 480  # pixels
 
 
 def page(report: ModelReport) -> str:
@@ -58,22 +55,27 @@ def page(report: ModelReport) -> str:
 
 def _lead(report: ModelReport) -> str:
     xray = report.xray
-    linear = [m for m in xray.values() if m.kind == "linear"] or list(xray.values())
-    low, high = min(linear, key=lambda m: m.share), max(linear, key=lambda m: m.share)
+    linear = [m for m in xray.values() if m.kind == "linear"]
+    kind, meant = ("linear layer", linear) if linear else ("matrix", list(xray.values()))
+    low, high = min(meant, key=lambda m: m.share), max(meant, key=lambda m: m.share)
     values = {
         "weight matrices": str(len(xray)),
         "parameters in them": f"{xray.parameters / 1e6:,.1f} M",
         "mean effective rank": f"{xray.mean_share:.0%} of full",
-        "lowest": f"{low.share:.0%}",
-        "highest": f"{high.share:.0%}",
+        f"lowest {kind}": f"{low.share:.0%}",
+        f"highest {kind}": f"{high.share:.0%}",
     }
+    notes = {f"lowest {kind}": low.name, f"highest {kind}": high.name}
+    if len(meant) < len(xray):
+        # Tables of embeddings are of another kind: few positions span few directions.
+        notes["mean effective rank"] = f"over {len(meant)} linear layers"
     if report.other is not None:
         values[f"parameters of {report.other.model}"] = f"{report.other.parameters / 1e6:,.1f} M"
     return (
         "<p>How much of its rank each weight matrix really uses. The effective rank is the "
         "exponential of the entropy of the singular values: the number of equally strong "
         f"directions that would be as spread out.</p>"
-        f"{facts(values, {'lowest': low.name, 'highest': high.name})}"
+        f"{facts(values, notes)}"
     )
 
 
@@ -97,7 +99,8 @@ def _maps(report: ModelReport, places: dict[str, str], plans: Mapping[Purpose, S
     return (
         '<section><h2>Effective rank, as a share of full rank</h2><div class="duo"><div>'
         f'{maps}<p class="dim">Projections down, layers across. Dark: few directions carry the '
-        "matrix. Choose a cell to see its spectrum.</p></div>"
+        "matrix. Colours span the layers; a matrix outside them takes the nearest end. Choose a "
+        "cell to see its spectrum.</p></div>"
         '<aside class="stage" aria-label="The chosen matrix"><p class="hint dim">Choose a cell of '
         f"the map: its spectrum is shown here.</p>{sheets}</aside></div></section>"
     )
@@ -105,13 +108,7 @@ def _maps(report: ModelReport, places: dict[str, str], plans: Mapping[Purpose, S
 
 def _map(svg: str, title: str = "") -> str:
     heading = f"<h3>{html.escape(title)}</h3>" if title else ""
-    return f'{heading}<figure class="{_width(svg)}">{svg}</figure>'
-
-
-def _width(svg: str) -> str:
-    """A small map shrinks to fit a telephone; a large one keeps its letters and scrolls."""
-    found = re.search(r' width="(\d+)"', svg)
-    return "fit" if found is not None and int(found[1]) <= _SMALL else "wide"
+    return f'{heading}<figure class="{figure_class(svg)}">{svg}</figure>'
 
 
 def _energy(report: ModelReport) -> str:
@@ -137,7 +134,7 @@ def _activated(report: ModelReport) -> str:
     svg = heatmap_svg(shares, title="Effective rank of the layers' inputs", link=places.__getitem__)
     return (
         "<section><h2>What flows through the layers</h2>"
-        f'<figure class="{_width(svg)}">{svg}<figcaption>'
+        f'<figure class="{figure_class(svg)}">{svg}<figcaption>'
         "Effective rank of each layer's inputs over the texts given, as a share of their width; "
         "neither centred nor scaled, one direction may be a common mean. Where it is far below "
         "that of the weights, a low rank that follows the data loses less than one that follows "
@@ -171,7 +168,7 @@ def _compared(report: ModelReport) -> str:
     note = "" if not absent else f" Not compared: {', '.join(absent)}."
     return (
         "<section><h2>What both models share</h2>"
-        f'<figure class="{_width(svg)}">{svg}<figcaption>Of the leading directions of each '
+        f'<figure class="{figure_class(svg)}">{svg}<figcaption>Of the leading directions of each '
         "matrix (those that hold half its energy, no more than either model stores), the share "
         "that lies in the other model's leading subspace: the mean squared cosine of the "
         "principal angles, left "

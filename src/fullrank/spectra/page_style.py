@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Mapping
+
+_SMALL = 480  # pixels
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2128;--dim:#5d6670;--page:#fff;--line:#dde2e7;
@@ -81,6 +84,16 @@ def envelope(title: str, body: str, style: str = "", *, refresh: int | None = No
         f"<style>{whole}</style></head><body><main><h1>{html.escape(title)}</h1>"
         f"{body}</main></body></html>"
     )
+
+
+def figure_class(svg: str) -> str:
+    """Of a map's figure: a small map shrinks to fit a telephone, a large one scrolls.
+
+    >>> figure_class('<svg width="458">'), figure_class('<svg width="734">')
+    ('fit', 'wide')
+    """
+    found = re.search(r' width="(\d+)"', svg)
+    return "fit" if found is not None and int(found[1]) <= _SMALL else "wide"
 
 
 def facts(values: Mapping[str, str], notes: Mapping[str, str] | None = None) -> str:
