@@ -166,6 +166,7 @@ def test_scalars_and_page(tmp_path, history):
     assert not any(tag == "odd" for tag, *_ in written)
     text = write_page(log, tmp_path / "run.html", refresh=2).read_text()
     assert "a&lt;b" in text
+    assert text.count("Effective rank of the weights") == 1
     assert "a<b" not in text
     assert '<meta http-equiv="refresh" content="2">' in text
     assert "refresh" not in write_page(log, tmp_path / "run.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,10 @@ def _measures(log: RunLog) -> str:
 def _ranks(log: RunLog) -> str:
     if not log.ranks:
         return ""
+    untitled = replace(log.rank_table(), title="")
     return (
         "<section><h2>Effective rank of the weights</h2>"
-        f'<div class="wide">{log.rank_table().html()}</div>'
+        f'<div class="wide">{untitled.html()}</div>'
         f"<details><summary>Curves</summary>{_courses(log.ranks)}</details></section>"
     )
 
