@@ -4,8 +4,8 @@
     python benchmarks/train_encoder.py --step-time
 
 Each optimizer trains the embedded encoder on the train part of pydocs and keeps the weights that
-are best on dev; the test queries are then ranked over the whole corpus. The bootstrap of the
-differences draws whole modules. --step-time prints the CPU time of one step instead, ours against
+are best on dev; the test queries are then ranked over the whole corpus, cut to --tokens. The bootstrap
+of the differences draws whole modules. --step-time prints the CPU time of one step instead, ours against
 that of sentence-transformers' own loss and defaults.
 """
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "galore_adamw"])
     parser.add_argument("--part", default="test", choices=["dev", "test"])
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-time", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
@@ -51,7 +52,7 @@ def main() -> None:
 
 def quality(data, args) -> None:
     part = data.split(args.part)
-    runs = {"untuned": rank(DEFAULT_ENCODER, part)}
+    runs = {"untuned": rank(DEFAULT_ENCODER, part, args.tokens)}
     chosen = {"rank": args.rank, "lr": args.lr}
     for optimizer in args.optimizers:
         config = EncoderTraining(
@@ -66,13 +67,14 @@ def quality(data, args) -> None:
         print(f"\n{optimizer}: {time.process_time() - began:.0f} s of CPU time")
         print(trained.table())
         print(trained.memory.table())
-        runs[optimizer] = rank(trained.model, part)
+        runs[optimizer] = rank(trained.model, part, args.tokens)
     metrics = ["nDCG@10", "AP", "RR", "R@100"]
     print(compare(runs, part.qrels, metrics, baseline="untuned", clusters=part.clusters).table())
 
 
-def rank(model, part):
-    found = Dense(part.corpus, Encoder(model), passages=False, depth=200)(part.queries)
+def rank(model, part, tokens):
+    encoder = Encoder(model, max_tokens=tokens)
+    found = Dense(part.corpus, encoder, passages=False, depth=200)(part.queries)
     return found.drop(part.exclude).top(100)
 
 

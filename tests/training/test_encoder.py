@@ -312,6 +312,7 @@ def test_development_sample(tiny_folder, toy):
     assert result.data["dev_queries"] == 4
     assert result.data["dev_documents"] == 30
     assert result.data["dev_sampled"]
+    assert f"30 of {len(toy.corpus)} documents" in result.table().title
 
 
 def test_nothing_is_printed(tiny_folder, toy, capfd, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,16 @@ class TrainedEncoder:
     folder: Path | None = None
 
     def table(self) -> Table:
-        """Return the evaluations as a table."""
-        return self.history.table()
+        """Return the evaluations as a table, whose title says what the metric was measured on."""
+        table, data = self.history.table(), self.data
+        if not data.get("dev_queries"):
+            return table
+        # A ranking of fewer documents is easier: without this the number reads as that of a system.
+        ranked = (
+            f"dev ranks {data['dev_documents']:,} of {data['documents']:,} documents, cut to "
+            f"{self.config.dev_tokens} tokens, for {data['dev_queries']:,} queries"
+        )
+        return replace(table, title=f"{table.title}: {ranked}")
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the model as JSON values: what ``training.json`` holds."""
