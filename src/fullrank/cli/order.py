@@ -63,7 +63,8 @@ def index(
     typed = shlex.quote(str(folder))
     Console().print(
         f"{folder}: {len(made.corpus):,} documents, systems {', '.join(made.systems)}.\n"
-        f'Try: fullrank order search {typed} "..."   or: fullrank serve {typed}'
+        f'Try: fullrank order search {typed} "..."   or: fullrank serve {typed}',
+        soft_wrap=True,  # to be copied
     )
 
 
