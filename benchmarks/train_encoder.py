@@ -4,9 +4,9 @@
     python benchmarks/train_encoder.py --step-time
 
 Each optimizer trains the embedded encoder on the train part of pydocs and keeps the weights that
-are best on dev; the test queries are then ranked over the whole corpus, cut to --tokens. The bootstrap
-of the differences draws whole modules. --step-time prints the CPU time of one step instead, ours against
-that of sentence-transformers' own loss and defaults.
+are best on dev; the test queries are then ranked over the whole corpus, cut to --tokens. The
+bootstrap of the differences draws whole modules. --step-time prints the CPU time of one step
+instead, ours against that of sentence-transformers' own loss and defaults.
 """
 
 from __future__ import annotations
