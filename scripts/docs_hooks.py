@@ -7,6 +7,7 @@ from typing import Any
 from fullrank.catalogue import METHODS, VERBS
 
 MARK = "<!-- methods -->"
+_HEAD = "| method | purpose | start from | status |"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -17,11 +18,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _methods() -> str:
     lines = []
     for verb in VERBS:
-        lines += [f"## {verb}", "", "| method | purpose | start from | |", "|---|---|---|---|"]
+        lines += [f"## {verb}", "", _HEAD, "|---|---|---|---|"]
         for m in METHODS:
             if m.verb == verb:
                 state = "there" if m.available else "planned"
-                entry = f"`{m.entry}`"
+                # On a narrow page a long name breaks at its dots and not within a word.
+                entry = f"<code>{m.entry.replace('.', '.<wbr>')}</code>"
                 lines.append(f"| [{m.title}]({m.url}) | {m.purpose} | {entry} | {state} |")
         lines.append("")
     return "\n".join(lines)

@@ -55,6 +55,14 @@ def test_the_catalogue_is_complete(fullrank):
     assert fullrank("methods", "sing").code == 2
 
 
+def test_names_of_the_catalogue_are_whole_in_a_narrow_terminal(fullrank, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = fullrank("methods").out
+    assert all(m.entry in shown and m.slug in shown for m in METHODS)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert sum("│" in line for line in fullrank("methods").out.splitlines()) == len(METHODS)
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
