@@ -42,6 +42,8 @@ def index(
 ) -> None:
     """Index documents: BM25 and dense vectors.
 
+    A file of a folder has its path as its id, with _ for every blank.
+
     Example: fullrank order index notes/ --out notes.index
     """
     from rich.console import Console

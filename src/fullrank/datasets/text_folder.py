@@ -26,10 +26,11 @@ def text_folder(
 ) -> Corpus:
     """Read the text files under a folder, or a single one.
 
-    A document's id is its path inside the folder, white space replaced by ``_``; its title the
-    first heading (Markdown, reStructuredText, or ``title:`` in the front matter), else the
-    file's name. Hidden files and folders, binary files (a zero byte near their start) and empty
-    ones are passed over.
+    A document's id is its path inside the folder, white space replaced by ``_`` because run files
+    are divided by it: ``sub dir/my note.md`` becomes ``sub_dir/my_note.md``, and the path as it is
+    is kept as the metadata field ``path``. Its title is the first heading (Markdown,
+    reStructuredText, or ``title:`` in the front matter), else the file's name. Hidden files and
+    folders, binary files (a zero byte near their start) and empty ones are passed over.
 
     Parameters
     ----------
