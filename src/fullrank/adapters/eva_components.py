@@ -277,7 +277,7 @@ class _WideMoments(Moments):
         self._settle()
         return super().second_moment
 
-    def all_reduce(self, group: Any = None) -> None:
+    def all_reduce(self, group: Any = None, device: torch.device | None = None) -> None:
         """Sum over all processes."""
         self._settle()
-        super().all_reduce(group)
+        super().all_reduce(group, device)
