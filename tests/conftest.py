@@ -13,6 +13,12 @@ import pytest
 from hypothesis import settings
 from tiny_models import save_encoder
 
+# It is to show pages of ours, and to ask nobody for anything.
+_CHROMIUM = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
 # Property tests are the same on every machine and do not watch the clock.
 settings.register_profile("fullrank", deadline=None, derandomize=True, database=None)
 settings.load_profile("fullrank")
@@ -39,7 +45,8 @@ def tiny_encoder(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="session")
+# A file's, not the session's: as long as playwright runs, no test can run an event loop.
+@pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, driven by playwright."""
     found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "chrome"])), None)
@@ -49,8 +56,7 @@ def browser():
         pytest.skip("no chromium on the PATH")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
-        chromium = driver.chromium.launch(executable_path=found, args=arguments)
+        chromium = driver.chromium.launch(executable_path=found, args=_CHROMIUM)
         yield chromium
         chromium.close()
 
