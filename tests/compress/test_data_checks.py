@@ -140,3 +140,22 @@ def test_few_samples_are_said_whatever_the_way():
             warnings.simplefilter("always")
             way()
         assert ["20 for 16 dimensions" in str(w.message) for w in seen] == [True]
+
+
+def test_few_samples_of_a_layer_without_use_are_not_said():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.pooler = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            h = self.body(x)
+            self.pooler(h[:2])
+            return h
+
+    model = Pooled()
+    stats = CalibrationStats(factorisable(model), gradients=True)
+    stats.observe(model, [torch.randn(200, 16)], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PlanFamily(model, stats, method="output_pca")

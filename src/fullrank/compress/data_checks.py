@@ -45,20 +45,28 @@ def leave_dense(reasons: Mapping[str, str], others: bool) -> None:
 
 
 def few_samples(layers: Mapping[str, LayerStats]) -> dict[str, tuple[int, int]]:
-    """Samples and dimensions of those layers that saw few of the one for the other."""
+    """Samples and dimensions of those layers that saw few of the one for the other.
+
+    Not of layers whose output the model makes no use of (a pooler), where gradients tell.
+    """
     return {
         name: (stats.count, stats.moments.width)
         for name, stats in layers.items()
-        if stats.count < _SAMPLES_PER_DIMENSION * stats.moments.width
+        if stats.count < _SAMPLES_PER_DIMENSION * stats.moments.width and not _unused(stats)
     }
+
+
+def _unused(stats: LayerStats) -> bool:
+    return stats.reaction is not None and not stats.reaction.gradient.count
 
 
 def warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     """Warn of what :func:`few_samples` found."""
     if few:
         name, (samples, width) = next(iter(few.items()))
+        layers = "1 layer" if len(few) == 1 else f"{len(few)} layers"
         warnings.warn(
-            f"{len(few)} layers saw few calibration samples, e.g. {name}: {samples} for {width} "
+            f"{layers} saw few calibration samples, e.g. {name}: {samples} for {width} "
             f"dimensions; at least {_SAMPLES_PER_DIMENSION} a dimension make factors that hold on "
             "other data",
             stacklevel=3,
