@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_models import save_byte_language_model
 
 WORDS = [a + b for a in "bcdfghkl" for b in ("ab", "el", "in", "ot", "um", "ay")]
 
@@ -44,21 +45,8 @@ def test_two_models_and_texts(fullrank, folders, tmp_path):
 
 @pytest.fixture
 def language_model(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from fullrank.training.lm_data import byte_tokenizer
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
-    byte_tokenizer().save_pretrained(tmp_path / "lm")
-    return tmp_path / "lm"
+    pytest.importorskip("transformers")
+    return save_byte_language_model(tmp_path / "lm")
 
 
 def test_a_plan_for_a_language_model_can_be_applied(fullrank, language_model, tmp_path):

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
+from tiny_models import save_byte_language_model
 
 transformers = pytest.importorskip("transformers")
-
-from fullrank.training.lm_data import byte_tokenizer  # noqa: E402
 
 
 def rows(count, seed=0):
@@ -23,17 +21,7 @@ def rows(count, seed=0):
 
 
 def test_the_command(tmp_path, fullrank):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    save_byte_language_model(tmp_path / "model")
     (tmp_path / "a.json").write_text(json.dumps(rows(6)))
     lines = "".join(json.dumps(row) + "\n" for row in rows(6, seed=2))
     (tmp_path / "b.jsonl").write_text(lines)

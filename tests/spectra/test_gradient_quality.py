@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import byte_language_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,16 +25,7 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "b
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return byte_language_model()
 
 
 def rows(count=9, seed=0, **more):

@@ -1,4 +1,4 @@
-"""Random models of the BERT family, small enough to be made in a test."""
+"""Random models, of the BERT family and of bytes, small enough to be made in a test."""
 
 from pathlib import Path
 
@@ -72,4 +72,33 @@ def cross_encoder(folder: Path, *, seed=0, labels=1):
     torch.manual_seed(seed)
     config = bert_config(vocabulary, num_labels=labels)
     BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def byte_language_model():
+    """Return a random causal language model over bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fullrank.training.lm_data import byte_tokenizer
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(byte_tokenizer()),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+        )
+    )
+
+
+def save_byte_language_model(folder: Path) -> Path:
+    """Write :func:`byte_language_model` with its tokenizer."""
+    from fullrank.training.lm_data import byte_tokenizer
+
+    byte_language_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder

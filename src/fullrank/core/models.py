@@ -218,13 +218,23 @@ def _check_hub(name: str, wanted: str) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars: loading and saving take a moment, not minutes."""
+def quiet_transformers(*, logs: bool = False) -> Iterator[None]:
+    """Silence transformers' progress bars: loading and saving take a moment, not minutes.
+
+    Parameters
+    ----------
+    logs
+        Silence its logs below errors too.
+    """
     logging = require("transformers.utils.logging", extra="hf")
-    bars = logging.is_progress_bar_enabled()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if logs:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        if logs:
+            logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

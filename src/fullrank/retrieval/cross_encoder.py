@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fullrank.core.corpus import Corpus, Queries
 from fullrank.core.errors import InputError, require
-from fullrank.core.models import find_model, load_model
+from fullrank.core.models import find_model, load_model, quiet_transformers
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
 from fullrank.retrieval.reranker import RerankerStage, with_tail
@@ -163,13 +163,8 @@ def _check_head(model: str | Path) -> None:
     if (config.architectures or [""])[0].endswith("ForCausalLM"):
         return  # scored by the logits of two of its words: nothing is added to it
     auto = transformers.AutoModelForSequenceClassification
-    logging = transformers.utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of what is missing is for those who train
-    try:
+    with quiet_transformers(logs=True):  # its report of what is missing is for those who train
         _, found = load_model(model, lambda s: auto.from_pretrained(s, output_loading_info=True))
-    finally:
-        logging.set_verbosity(before)
     if found["missing_keys"]:
         raise InputError(
             f"{str(model)!r} is no cross-encoder: it has no weights for "

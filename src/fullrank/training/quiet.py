@@ -11,25 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from fullrank.core.models import quiet_transformers
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and logs of transformers and datasets below errors."""
     import datasets
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    data_bars = datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with quiet_transformers(logs=True):
+            yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
-        if not data_bars:
             datasets.enable_progress_bars()
 
 
