@@ -5,6 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from test_passages import prose
 from tiny_models import sentence_model
 
@@ -189,6 +192,52 @@ def test_prompts(tmp_path):
         bare.encode(["cat"], kind="query"), library(model, ["cat"]), atol=1e-5
     )
     np.testing.assert_allclose(bare.encode(["cat"]), library(model, ["text cat"]), atol=1e-5)
+
+
+def test_prompts_of_all_names_count(tmp_path):
+    model = sentence_model(tmp_path, prompts={"query": "query ", "passage": "document "})
+    assert model.prompts["document"] == ""  # the library's own
+    encoder = Encoder(model, dtype="float32")
+    np.testing.assert_allclose(encoder.encode(["cat"]), library(model, ["document cat"]), atol=1e-5)
+
+
+def test_a_prompt_may_be_left_out_of_the_pooling(tmp_path):
+    model = sentence_model(tmp_path, prompts={"query": "one two "})
+    model.set_pooling_include_prompt(False)
+    expected = model.encode_query(["cat"], normalize_embeddings=True)
+    found = Encoder(model, dtype="float32").encode(["cat"], kind="query")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_queries_may_have_a_network_of_their_own(tmp_path):
+    first, second = (sentence_model(tmp_path / f"{i}", seed=i) for i in range(2))
+    router = Router.for_query_document(list(first), list(second))
+    model = SentenceTransformer(modules=[router], device="cpu")
+    encoder = Encoder(model, dtype="float32")
+    np.testing.assert_allclose(
+        encoder.encode(["cat"], kind="query"), library(first, ["cat"]), atol=1e-5
+    )
+    np.testing.assert_allclose(encoder.encode(["cat"]), library(second, ["cat"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_shorter_vectors(tmp_path, pooling):
+    model = sentence_model(tmp_path, pooling=pooling)
+    key = Encoder(model).key
+    model.truncate_dim = 16
+    encoder = Encoder(model, dtype="float32")
+    vectors = encoder.encode(["cat", "one two"])
+    assert vectors.shape == (2, encoder.dimension) == (2, 16)
+    np.testing.assert_allclose(vectors, library(model, ["cat", "one two"]), atol=1e-5)
+    assert Encoder(model).key != key
+
+
+def test_a_model_without_a_limit(tiny):
+    words = StaticEmbedding(tiny.tokenizer.backend_tokenizer, embedding_dim=8)
+    model = SentenceTransformer(modules=[words], device="cpu")
+    texts = ["cat", prose(2000, 1)]
+    found = Encoder(model, dtype="float32").encode(texts)
+    np.testing.assert_allclose(found, library(model, texts), atol=1e-5)
 
 
 def test_max_tokens(tiny):

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 from index_tools import WORDS, make_corpus, make_documents
+from sentence_transformers import SentenceTransformer
 from tiny_models import save_encoder
 
 from fullrank.core import Corpus, Document, InputError, StoreError
@@ -374,6 +375,14 @@ def test_a_model_in_memory_is_copied_into_the_index(corpus, model, tmp_path):
     opened = Index.open((tmp_path / "index").rename(tmp_path / "moved"))
     opened.delete(["new"])
     assert Index.open(opened.folder).search(QUERIES, system="dense") == expected
+
+
+def test_a_model_in_memory_keeps_its_shorter_vectors(corpus, model, tmp_path):
+    short = SentenceTransformer(str(model), device="cpu", truncate_dim=8)
+    made = Index.create(tmp_path / "index", corpus, {"short": short}, progress=False)
+    opened = Index.open(made.folder)
+    assert opened.encoders["short"].dimension == 8
+    same_results(made, opened)
 
 
 def test_another_model_in_the_old_place_is_noticed(corpus, tmp_path):

@@ -29,6 +29,8 @@ _DTYPES = ("auto", "float32", "bfloat16", "int8")
 _VERSION = 1
 # Texts tokenised at once: sorting by length works inside such a window, memory stays bounded.
 _WINDOW = 16_384
+# Longest text, in tokens, beyond which a model's limit means that it has none.
+_NO_LIMIT = 1_000_000
 # Names under which models keep their prompts, as in sentence-transformers.
 _PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
@@ -206,12 +208,12 @@ class Encoder:
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         with progress_bar("encode", len(texts), progress, unit=f"{kind}s") as advance:
             for start in range(0, len(texts), _WINDOW):
-                window = [prompt + text for text in texts[start : start + _WINDOW]]
+                window = texts[start : start + _WINDOW]
                 rows = out[start : start + _WINDOW]
                 if engine.packed is None:
-                    self._library_encode(engine, window, rows, advance)
+                    self._library_encode(engine, window, kind, rows, advance)
                 else:
-                    self._packed_encode(engine, window, rows, advance)
+                    self._packed_encode(engine, [prompt + t for t in window], rows, advance)
         norms = np.linalg.norm(out, axis=1, keepdims=True)
         out /= np.maximum(norms, np.finfo(np.float32).tiny)
         return out
@@ -236,27 +238,31 @@ class Encoder:
         ids = [e.ids for e in self._cut.encode_batch_fast(texts)]
         with torch.inference_mode():
             for rows in _batches([len(i) for i in ids], self.batch_tokens):
-                out[rows] = engine.packed([ids[row] for row in rows]).numpy()
+                found = engine.packed([ids[row] for row in rows]).numpy()
+                out[rows] = found[:, : out.shape[1]]  # a truncate_dim cuts what the network gives
                 advance(len(rows))
 
     def _library_encode(
-        self, engine: _Engine, texts: list[str], out: Vectors, advance: Callable[[int], None]
+        self,
+        engine: _Engine,
+        texts: Sequence[str],
+        kind: Kind,
+        out: Vectors,
+        advance: Callable[[int], None],
     ) -> None:
-        # An instance given by the user keeps its own limit, whatever happens in between.
-        before = engine.model.max_seq_length
-        size = max(1, min(256, self.batch_tokens * 2 // (self.max_tokens or 256)))
-        try:
-            if self.max_tokens != before:
-                engine.model.max_seq_length = self.max_tokens
-            for start in range(0, len(texts), step := 32 * size):
-                part = texts[start : start + step]
-                out[start : start + step] = engine.model.encode(
-                    part, prompt="", batch_size=size, show_progress_bar=False
-                )
-                advance(len(part))
-        finally:
-            if engine.model.max_seq_length != before:
-                engine.model.max_seq_length = before
+        # By kind, since a model may have other layers for queries, and told apart from the text,
+        # since a model may leave the prompt out of its pooling.
+        encode = engine.model.encode_query if kind == "query" else engine.model.encode_document
+        size = max(1, min(256, self.batch_tokens * 2 // self.max_tokens))
+        options: dict[str, Any] = {"prompt": self._prompts[kind], "batch_size": size}
+        if self.max_tokens != engine.model.max_seq_length:
+            # For this call only: a model that belongs to the user keeps its own limit.
+            cut = {"max_length": self.max_tokens, "truncation": True}
+            options["processing_kwargs"] = {"text": cut}
+        for start in range(0, len(texts), step := 32 * size):
+            part = list(texts[start : start + step])
+            out[start : start + step] = encode(part, show_progress_bar=False, **options)
+            advance(len(part))
 
     # -- building ----------------------------------------------------------------------------
 
@@ -306,6 +312,8 @@ def _load(model: Any, device: str | None) -> Any:
 
 def _token_limit(model: Any, wanted: int | None) -> int:
     own = model.max_seq_length
+    if own is not None and own > _NO_LIMIT:
+        own = None
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     most = getattr(config, "max_position_embeddings", None)
     if wanted is None:
@@ -319,7 +327,8 @@ def _prompt(model: Any, kind: str, given: str | None) -> str:
     if given is not None:
         return given
     prompts = getattr(model, "prompts", None) or {}
-    return next((prompts[name] for name in _PROMPTS[kind] if name in prompts), None) or ""
+    # The library gives every model empty prompts of its own names; those do not count.
+    return next((prompts[name] for name in _PROMPTS[kind] if prompts.get(name)), "")
 
 
 def _truncating(tokenizer: Any, max_tokens: int) -> Any:
@@ -366,6 +375,8 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def _content_hash(model: Any, settings: list[Any]) -> str:
     import torch
 
+    if (cut := model.truncate_dim) is not None:
+        settings = [*settings, cut]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for module in model:
         described: Any = getattr(module, "get_config_dict", dict)()
@@ -378,8 +389,8 @@ def _content_hash(model: Any, settings: list[Any]) -> str:
             if k not in ("_name_or_path", "transformers_version", "dtype")
         }
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    if (cut := _truncating(model.tokenizer, 8)) is not None:
-        digest.update(cut.to_str().encode())
+    if (tokenizer := _truncating(model.tokenizer, 8)) is not None:
+        digest.update(tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         # Viewed as bytes: numpy has no bfloat16.

@@ -219,6 +219,8 @@ class StoredEncoder:
             if record.dtype == "float32":
                 raise
             encoder = encoder_type(self.model, **options)
+        if encoder.dimension > record.dimension:
+            encoder.model.truncate_dim = record.dimension  # which a saved model does not know
         return encoder
 
     def _agrees(self, encoder: Any) -> bool:
