@@ -126,7 +126,7 @@ class Dense(RetrieverStage):
         if asked:
             texts = list(queries.values())
             vectors = self.query_vectors.encode([texts[i] for i in asked])
-            rows[asked], scores[asked] = self.search_vectors(vectors, k)
+            rows[asked], scores[asked] = self._best(vectors, k)
         ids, ties = self._items
         return Run.from_matrix(list(queries), ids, rows, scores, tie_rank=ties, name=self.name)
 
@@ -161,6 +161,19 @@ class Dense(RetrieverStage):
             left = left[~enough]
             depth *= 2
         return rows, scores
+
+    def _best(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:
+        """As :meth:`search_vectors`; of documents equal at the last place the larger ids stay."""
+        ties = self._items[1]
+        rows, scores = self.search_vectors(queries, k + 1)
+        for i in np.flatnonzero(scores[:, k - 1] == scores[:, -1]) if scores.shape[1] > k else ():
+            depth, found, values = k + 1, rows[i], scores[i]
+            while values[-1] == values[k - 1] and depth < len(self.corpus):
+                depth *= 2
+                found, values = (x[0] for x in self.search_vectors(queries[i : i + 1], depth))
+            best = np.lexsort((-ties[found], -values))[:k]
+            rows[i, :k], scores[i, :k] = found[best], values[best]
+        return rows[:, :k], scores[:, :k]
 
     def rescore(self, queries: Queries, run: Run) -> Run:
         """Score the documents of a run; a query without visible characters loses them."""
