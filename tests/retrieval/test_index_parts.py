@@ -56,6 +56,9 @@ COLUMNS = {
         ("draft=False", [1]),
         ({"tags": "b"}, [0, 3]),
         ({"tags": ["a", "z"]}, [0]),
+        ("tags!=a", [1, 3]),
+        ("year>=2e3", [1, 3]),
+        ("year=2005.0", [1]),
         (["tags=b", "year<2000"], [0]),
     ],
 )
@@ -74,7 +77,15 @@ def test_filters_that_cannot_be_read(where):
 
 
 @pytest.mark.parametrize(
-    "where", [{"year": "x"}, {"lang": 3}, {"draft": "maybe"}, {"year": None}, {"tags": 1}]
+    "where",
+    [
+        {"year": "x"},
+        {"lang": 3},
+        {"draft": "maybe"},
+        {"year": None},
+        {"tags": 1},
+        {"lang": {"in": "en"}},
+    ],
 )
 def test_filters_of_another_type(where):
     with pytest.raises(InputError, match="cannot be compared"):

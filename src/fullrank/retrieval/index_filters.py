@@ -95,7 +95,7 @@ def matching(conditions: Iterable[Condition], read: Callable[[str], Any]) -> Mas
     """Return which documents fulfil all conditions.
 
     A document without the field fulfils none, not even ``!=``. Where values are lists, ``==``
-    holds when one of them is equal.
+    holds when one of them is equal, and ``!=`` when none is.
 
     Parameters
     ----------
@@ -126,9 +126,14 @@ def _holds(condition: Condition, column: Any) -> Mask:
     pa = require("pyarrow", extra="search")
     compute = require("pyarrow.compute", extra="search")
     nested = pa.types.is_list(column.type)
+    if nested and condition.operator == "!=":
+        equal = _holds(Condition(condition.field, "==", condition.value), column)
+        return np.asarray(compute.is_valid(column)) & ~equal
     flat = column.flatten() if nested else column
     try:
         if condition.operator == "in":
+            if isinstance(condition.value, str):
+                raise TypeError("a text is no list of values")
             values = [_scalar(v, flat.type) for v in condition.value]
             hits = compute.is_in(flat, value_set=pa.array(values, flat.type))
         else:
@@ -154,11 +159,12 @@ def _scalar(value: Any, kind: Any) -> Any:
     if isinstance(value, str) and pa.types.is_boolean(kind):
         value = {"true": True, "false": False}[value.lower()] if value.lower() in _BOOLS else value
     elif isinstance(value, str) and not pa.types.is_large_string(kind):
-        number = float(value)
-        value = int(value) if pa.types.is_integer(kind) and number.is_integer() else number
+        whole = pa.types.is_integer(kind) and _WHOLE.fullmatch(value)
+        value = int(value) if whole else float(value)
     if pa.types.is_integer(kind) and isinstance(value, float):
         return pa.scalar(value, pa.float64())
     return pa.scalar(value, kind)
 
 
 _BOOLS = ("true", "false")
+_WHOLE = re.compile(r"[+-]?\d+")
