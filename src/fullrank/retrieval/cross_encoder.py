@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fullrank.core.errors import InputError, require
 from fullrank.core.models import find_model, load_model, quiet_transformers
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
+from fullrank.retrieval.passages import uncut_tokenizer
 from fullrank.retrieval.reranker import RerankerStage, with_tail
 from fullrank.retrieval.retriever import candidates, check_depth
 
@@ -125,17 +127,17 @@ class CrossEncoderReranker(RerankerStage):
             raise InputError(f"{self.name} gave a score that is not a finite number")
         return scores
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return uncut_tokenizer(self.model.tokenizer)
+
     def _head(self, text: str) -> str:
         """Cut off what can never be seen: tokenizers take quadratic time to shorten a pair."""
         if len(text) <= _CHARACTERS * self.max_tokens:
             return text
-        backend = getattr(self.model.tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._tokenizer is None:
             return text[: _CHARACTERS * self.max_tokens]
-        own = type(backend).from_str(backend.to_str())
-        own.no_padding()
-        own.no_truncation()
-        offsets = own.encode(text, add_special_tokens=False).offsets
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return text if len(offsets) <= self.max_tokens else text[: offsets[self.max_tokens - 1][1]]
 
 
@@ -156,7 +158,8 @@ def _check_head(model: str | Path) -> None:
     """Refuse a checkpoint without a score: it would be given a random one, and rank by chance.
 
     Only the loading of the network itself says what the file did not have, and the library that
-    loads it next does not pass that on; so it is loaded twice.
+    loads it next does not pass that on. So it is loaded once more before, onto no device: that
+    reads names and shapes and no weights.
     """
     transformers = require("transformers", extra="hf")
     config = load_model(model, transformers.AutoConfig.from_pretrained)
@@ -164,7 +167,10 @@ def _check_head(model: str | Path) -> None:
         return  # scored by the logits of two of its words: nothing is added to it
     auto = transformers.AutoModelForSequenceClassification
     with quiet_transformers(logs=True):  # its report of what is missing is for those who train
-        _, found = load_model(model, lambda s: auto.from_pretrained(s, output_loading_info=True))
+        _, found = load_model(
+            model,
+            lambda s: auto.from_pretrained(s, output_loading_info=True, device_map="meta"),
+        )
     if found["missing_keys"]:
         raise InputError(
             f"{str(model)!r} is no cross-encoder: it has no weights for "

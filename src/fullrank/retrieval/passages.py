@@ -145,7 +145,7 @@ def split_passages(
     """
     if not 0 <= overlap <= 0.9:
         raise InputError(f"overlap is {overlap}; it is a share between 0 and 0.9")
-    tokenizer = _whole_texts(encoder)
+    tokenizer = uncut_tokenizer(encoder.tokenizer)
     contents = corpus.contents
     if tokenizer is None:
         return Passages.whole(contents)
@@ -210,9 +210,9 @@ def _between_words(words: Sequence[int | None], at: int, least: int) -> int:
     return at
 
 
-def _whole_texts(encoder: Encoder) -> Any:
-    """Return the encoder's Rust tokenizer, without truncation and padding, or None."""
-    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+def uncut_tokenizer(tokenizer: Any) -> Any:
+    """Return a copy of a model's Rust tokenizer, without truncation and padding, or None."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     own = type(backend).from_str(backend.to_str())
