@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from tiny_models import cross_encoder
+
+from fullrank.core import Run
 
 TEXTS = {
     "apple": "Apples are fruit that grow on trees.",
@@ -69,6 +72,49 @@ def test_documents_are_added(fullrank, files, tmp_path):
     assert "plum" in fullrank("order", "search", tmp_path / "i", "plum").out
 
 
+def test_what_became_of_documents_is_said(fullrank, files, tmp_path):
+    def indexed(*given):
+        arguments = ["--out", tmp_path / "i[/x]", *given]
+        return fullrank("order", "index", tmp_path / "docs.jsonl", *arguments)
+
+    def write(**texts):
+        lines = [json.dumps({"id": i, "text": t}) for i, t in texts.items()]
+        (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+
+    write(a="An apple.", b="A pear.", c="A plum.")
+    first = indexed()
+    assert first.code == 0, first
+    assert f"{tmp_path / 'i[/x]'}: 3 documents" in first.out
+    assert "what was there" not in first.out
+    write(b="A pear.", c="A plum is small.", d="A quince.", e="A fig.")
+    refused = indexed("--add")
+    assert (refused.code, "without --add" in refused.err) == (2, True)
+    again = indexed()
+    assert "what was there: 2 new, 1 with another text, 1 gone" in again.out
+
+
+def test_reranking_looks_at_as_many_as_it_is_told(fullrank, files, tmp_path):
+    model = cross_encoder(tmp_path / "model")
+    lines = [json.dumps({"id": f"d{i}", "text": f"rank {i}"}) for i in range(130)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    (tmp_path / "queries.tsv").write_text("q\trank\n")
+    run = [f"q Q0 d{i} {i + 1} {200 - i} a\n" for i in range(130)]
+    (tmp_path / "a.run").write_text("".join(run))
+
+    def reranked(depth):
+        out = tmp_path / f"{depth}.run"
+        done = fullrank(
+            "order", "rerank", tmp_path / "a.run", tmp_path / "docs.jsonl",
+            tmp_path / "queries.tsv", "--model", model, "--out", out, "--depth", depth,
+        )  # fmt: skip
+        assert done.code == 0, done
+        return Run.from_trec(out)["q"].ids.tolist()
+
+    ids = [f"d{i}" for i in range(130)]
+    assert reranked(2)[2:] == ids[2:]
+    assert reranked(130)[120:] != ids[120:]
+
+
 def test_filters(fullrank, index):
     shown = fullrank("order", "search", index, "fruit matrix", "--where", "kind=m")
     assert shown.code == 0, shown
@@ -108,7 +154,10 @@ def test_what_to_type_next_is_quoted(fullrank, files, tmp_path):
         (["index", "{files}/absent.jsonl"], "absent.jsonl"),
         (["index", "{files}/empty.jsonl"], "empty"),
         (["index", "{files}/docs.jsonl", "--out", "{files}"], "{files}"),
+        (["index", "{files}/docs.jsonl", "--encoder", "a", "--encoder", "b"], "named 'dense'"),
+        (["index", "{files}/docs.jsonl", "--out", "{index}", "--add", "--encoder", "a"], "leave"),
         (["evaluate", "{files}/qrels.txt"], "a run file and a qrels file"),
+        (["evaluate", "a.run", "{files}/qrels.txt", "--baseline", "a"], "two runs or more"),
         (["evaluate", "{files}/docs.jsonl", "{files}/qrels.txt"], "expected 'qid Q0 docid"),
     ],
 )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullrank.core.errors import InputError
+from fullrank.core.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fullrank.core.corpus import Corpus
     from fullrank.core.run import Run
 
 app = typer.Typer(no_args_is_help=True, help="Search, rerank and evaluate.")
@@ -38,36 +39,79 @@ def index(
             "Several as NAME=MODEL, one option each."
         ),
     ] = None,
-    add: Annotated[bool, typer.Option("--add", help="Add to an index that is there.")] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add to an index that is there, with its encoders.")
+    ] = False,
 ) -> None:
     """Index documents: BM25 and dense vectors.
 
-    A file of a folder has its path as its id, with _ for every blank.
+    An index that is there is replaced; texts that it has already are not encoded again. A file
+    of a folder has its path as its id, with _ for every blank.
 
     Example: fullrank order index notes/ --out notes.index
     """
-    from rich.console import Console
-
     from fullrank.core.models import DEFAULT_ENCODER, find_model
     from fullrank.datasets import read_corpus
     from fullrank.retrieval import Index
 
     folder = out or Path(f"{_stem(docs)}.index")
+    if add and encoder:
+        raise InputError("--add takes the encoders of the index; leave --encoder out")
+    before = _documents(folder)
     if add:
         made = Index.open(folder)
-        made.add(read_corpus(docs))
+        corpus = read_corpus(docs)
+        if known := [i for i in corpus.ids if i in made.corpus]:
+            raise InputError(
+                f"{len(known)} documents are in the index already, e.g. {known[0]!r}; to replace "
+                "them, index all documents again without --add: only new texts are encoded"
+            )
+        made.add(corpus)
     else:
-        named = [e.split("=", 1) if "=" in e else ["dense", e] for e in encoder or []]
-        encoders: Any = dict(named) if named else DEFAULT_ENCODER
-        for name in dict(named).values():
+        named = _named_encoders(encoder or [])
+        for name in named.values():
             find_model(name)  # before a long read of documents
-        made = Index.create(folder, read_corpus(docs), encoders)
+        made = Index.create(folder, read_corpus(docs), named or DEFAULT_ENCODER)
     typed = shlex.quote(str(folder))
-    Console().print(
+    _say(
         f"{folder}: {len(made.corpus):,} documents, systems {', '.join(made.systems)}.\n"
-        f'Try: fullrank order search {typed} "..."   or: fullrank serve {typed}',
-        soft_wrap=True,  # to be copied
+        f"{_difference(before, made.corpus)}"
+        f'Try: fullrank order search {typed} "..."   or: fullrank serve {typed}'
     )
+
+
+def _named_encoders(given: list[str]) -> dict[str, str]:
+    """Read NAME=MODEL; a model alone is named dense."""
+    named = [e.split("=", 1) if "=" in e else ["dense", e] for e in given]
+    names = [name for name, _ in named]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(
+            f"two encoders are named {twice[0]!r}; give each one a name, as in --encoder NAME=MODEL"
+        )
+    return dict(named)
+
+
+def _documents(folder: Path) -> Corpus | None:
+    """Return the documents of an index that is there and can be read."""
+    from fullrank.retrieval import Index
+
+    try:
+        before = Index.open(folder).corpus
+        before.ids  # noqa: B018 - read now: they are about to be replaced
+    except StoreError:
+        return None
+    return before
+
+
+def _difference(before: Corpus | None, after: Corpus) -> str:
+    """Say in a line what became of the documents that an index held."""
+    if before is None:
+        return ""
+    old = {document.id: document for document in before}
+    stayed = [(old[d.id], d) for d in after if d.id in old]
+    changed = sum((a.title, a.text) != (b.title, b.text) for a, b in stayed)
+    new, gone = len(after) - len(stayed), len(old) - len(stayed)
+    return f"Against what was there: {new:,} new, {changed:,} with another text, {gone:,} gone.\n"
 
 
 @app.command()
@@ -107,7 +151,7 @@ def search(
     run = opened.search(asked, k=k, system=system, where=where or None)
     console = Console()
     if out is not None:
-        console.print(f"{run.to_trec(out)}: {len(run):,} queries, {run.milliseconds:,.0f} ms")
+        _say(f"{run.to_trec(out)}: {len(run):,} queries, {run.milliseconds:,.0f} ms")
     if query is not None:
         _show(console, opened, query, run, system)
 
@@ -125,16 +169,14 @@ def rerank(
 
     Example: fullrank order rerank bm25.run notes/ queries.tsv --model cross-encoder --out new.run
     """
-    from rich.console import Console
-
     from fullrank.core.run import Run
     from fullrank.datasets import read_corpus, read_queries
     from fullrank.retrieval import CrossEncoderReranker
 
     first = Run.from_trec(run)
-    reranker = CrossEncoderReranker(model)
-    again = reranker(read_queries(queries), first.top(depth), read_corpus(docs))
-    Console().print(f"{again.to_trec(out)}: {len(again):,} queries")
+    reranker = CrossEncoderReranker(model, depth=depth, progress=True)
+    again = reranker(read_queries(queries), first, read_corpus(docs))
+    _say(f"{again.to_trec(out)}: {len(again):,} queries")
 
 
 @app.command()
@@ -167,6 +209,8 @@ def evaluate(
 
     if len(runs) < 2:
         raise InputError("give at least a run file and a qrels file")
+    if baseline is not None and len(runs) == 2:
+        raise InputError("--baseline is what other runs are tested against; give two runs or more")
     *files, judgements = runs
     qrels = read_qrels(judgements)
     metrics = metric or ["nDCG@10", "AP", "RR", "R@100"]
@@ -217,6 +261,13 @@ def _check_judged(
             "one collection?",
             stacklevel=2,
         )
+
+
+def _say(text: str) -> None:
+    """Print as it is, to be copied: names may hold brackets, and lines stay whole."""
+    from rich.console import Console
+
+    Console().print(text, markup=False, soft_wrap=True)
 
 
 def _stem(docs: str) -> str:
