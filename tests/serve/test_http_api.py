@@ -127,6 +127,11 @@ def test_bodies_that_are_no_json(client, body):
     assert set(response.json()) == {"error", "detail"}
 
 
+def test_a_body_that_is_no_json_is_called_the_body(client):
+    response = client.post("/search", content=b"{'", headers={"content-type": "application/json"})
+    assert refused(response, 422, "invalid_request").startswith("body: ")
+
+
 def test_a_form_is_not_taken_for_json(client):
     response = client.post(
         "/search", content=b'{"query": "matrix"}', headers={"content-type": "text/plain"}
@@ -167,6 +172,9 @@ def test_other_methods(client, method):
     response = client.request(method, "/systems")
     refused(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "GET"
+    response = client.request(method, "/search")
+    assert refused(response, 405, "method_not_allowed") == "/search answers GET, POST only"
+    assert response.headers["allow"] == "GET, POST"
 
 
 def test_head_is_get_without_a_body(client):

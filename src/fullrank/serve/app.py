@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match
 
 from fullrank._version import __version__
 from fullrank.core.errors import FullrankError, InputError, MissingExtraError, StoreError
@@ -270,6 +271,15 @@ def _reports(given: Mapping[str, str | Path | None]) -> dict[str, Path]:
     return reports
 
 
+def _allowed(request: Request) -> str:
+    """Methods that a path answers, of all its routes (the framework tells those of the first)."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= set(getattr(route, "methods", None) or ())
+    return ", ".join(sorted(methods))
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Turn every refusal into the same two fields."""
 
@@ -282,19 +292,23 @@ def _answer_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         details = []
         for found in error.errors():
-            # The first part says where a value came from ("query", "body"), the rest its name.
-            name = ".".join(str(part) for part in found["loc"][1:]) or str(found["loc"][0])
+            # The first part says where a value came from ("query", "body"), the rest its name: but
+            # for a body that is no JSON it is a place in it.
+            named = () if found["type"] == "json_invalid" else found["loc"][1:]
+            name = ".".join(map(str, named)) or str(found["loc"][0])
             details.append(f"{name}: {found['msg']}")
         return problem(422, "invalid_request", printable("; ".join(details[:5]))[:1000])
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        status, detail, headers = error.status_code, str(error.detail), error.headers or {}
+        status, detail, headers = error.status_code, str(error.detail), dict(error.headers or {})
         name = getattr(error, "error", None) or _NAMES.get(status, "refused")
         if detail == HTTPStatus(status).phrase:
             path = printable(request.url.path)[:80]
-            allowed = headers.get("Allow")
-            detail = f"{path} answers {allowed} only" if allowed else f"there is nothing at {path}"
+            detail = f"there is nothing at {path}"
+            if status == HTTPStatus.METHOD_NOT_ALLOWED:
+                headers["Allow"] = _allowed(request)
+                detail = f"{path} answers {headers['Allow']} only"
         return problem(status, name, detail, headers)
 
     @app.exception_handler(InputError)
