@@ -4,12 +4,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_passages import prose
 from tiny_models import cross_encoder, save_encoder
 
 from fullrank.core import Corpus, InputError, Run
 from fullrank.retrieval import BM25, CrossEncoderReranker, Reranker
+from fullrank.retrieval import cross_encoder as cross_encoder_module
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,31 @@ def test_a_model_that_the_library_saved(folder, reranker, tmp_path):
     pair = [("one two three", "four five")]
     again = CrossEncoderReranker(tmp_path / "saved", device="cpu")
     assert again.score(pair) == pytest.approx(reranker.score(pair), abs=1e-5)
+
+
+def test_weights_are_read_once(folder, monkeypatch):
+    original, devices = transformers.BertForSequenceClassification.from_pretrained, []
+
+    def load(*given, **options):
+        found = original(*given, **options)
+        model = found[0] if isinstance(found, tuple) else found
+        devices.append(model.device.type)
+        return found
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "from_pretrained", load)
+    CrossEncoderReranker(folder, device="cpu")
+    assert sorted(devices) == ["cpu", "meta"]
+
+
+def test_long_texts_share_one_tokenizer(reranker, monkeypatch):
+    again = CrossEncoderReranker(reranker.model)
+    copies = []
+    original = cross_encoder_module.uncut_tokenizer
+    monkeypatch.setattr(
+        cross_encoder_module, "uncut_tokenizer", lambda t: copies.append(t) or original(t)
+    )
+    again.score([("rank", f"rank {i} " * 1000) for i in range(5)])
+    assert len(copies) == 1
 
 
 def test_bad_models(tmp_path):
