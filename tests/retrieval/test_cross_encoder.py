@@ -70,6 +70,7 @@ def test_texts_that_are_too_long_or_empty(reranker):
     run = Run({"q": (["a", "b"], [2.0, 1.0]), "p": (["a"], [1.0]), "none": ([], [])})
     out = reranker({"q": "value " * 20_000, "p": "", "none": "rank"}, run, corpus)
     assert [len(out[q]) for q in ("q", "p", "none")] == [2, 1, 0]
+    assert reranker.score([("rank \ud800", "a")]) == reranker.score([("rank ?", "a")])
     assert isinstance(reranker, Reranker)
 
 

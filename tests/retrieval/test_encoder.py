@@ -263,6 +263,13 @@ def test_more_texts_than_a_window(tiny, monkeypatch):
     np.testing.assert_allclose(encoder.encode(texts, progress=True), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_broken_unicode_is_read_as_far_as_it_goes(tmp_path, pooling):
+    encoder = Encoder(sentence_model(tmp_path, pooling=pooling), dtype="float32")
+    vectors = encoder.encode(["cat \ud800 one", "cat ? one"])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
 def test_no_texts(tiny):
     assert Encoder(tiny).encode([]).shape == (0, 64)
 

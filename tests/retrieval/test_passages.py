@@ -123,6 +123,13 @@ def test_odd_characters(encoder):
     assert passages.stop[-1] == len(text)
 
 
+def test_broken_unicode_keeps_its_places(encoder):
+    broken, whole = ("one \ud800 two " * 40, "one ? two " * 40)
+    pieces = [split_passages(Corpus(["d"], [text]), encoder) for text in (broken, whole)]
+    assert pieces[0].start.tolist() == pieces[1].start.tolist()
+    assert len(pieces[0]) > 1
+
+
 def test_without_a_fast_tokenizer_documents_stay_whole(encoder, corpus, monkeypatch):
     class Slow:
         backend_tokenizer = None

@@ -17,7 +17,7 @@ from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
 from fullrank.retrieval.passages import uncut_tokenizer
 from fullrank.retrieval.reranker import RerankerStage, with_tail
-from fullrank.retrieval.retriever import candidates, check_depth
+from fullrank.retrieval.retriever import candidates, check_depth, readable
 
 # Batches between two steps of the progress bar.
 _STEP = 16
@@ -108,7 +108,7 @@ class CrossEncoderReranker(RerankerStage):
         """Logits of (query, document) pairs, ``(len(pairs),)``."""
         torch = require("torch", extra="hf")
         scores = np.empty(len(pairs), dtype=np.float32)
-        heads = {text: self._head(text) for pair in pairs for text in pair}
+        heads = {text: self._head(readable(text)) for pair in pairs for text in pair}
         pairs = [(heads[query], heads[document]) for query, document in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         cut = {"text": {"max_length": self.max_tokens, "truncation": True}}

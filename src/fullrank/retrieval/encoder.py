@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import DEFAULT_ENCODER, load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
+from fullrank.retrieval.retriever import readable
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +209,7 @@ class Encoder:
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         with progress_bar("encode", len(texts), progress, unit=f"{kind}s") as advance:
             for start in range(0, len(texts), _WINDOW):
-                window = texts[start : start + _WINDOW]
+                window = [readable(text) for text in texts[start : start + _WINDOW]]
                 rows = out[start : start + _WINDOW]
                 if engine.packed is None:
                     self._library_encode(engine, window, kind, rows, advance)
@@ -245,7 +246,7 @@ class Encoder:
     def _library_encode(
         self,
         engine: _Engine,
-        texts: Sequence[str],
+        texts: list[str],
         kind: Kind,
         out: Vectors,
         advance: Callable[[int], None],
@@ -260,7 +261,7 @@ class Encoder:
             cut = {"max_length": self.max_tokens, "truncation": True}
             options["processing_kwargs"] = {"text": cut}
         for start in range(0, len(texts), step := 32 * size):
-            part = list(texts[start : start + step])
+            part = texts[start : start + step]
             out[start : start + step] = encode(part, show_progress_bar=False, **options)
             advance(len(part))
 

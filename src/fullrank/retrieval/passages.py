@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fullrank.core.corpus import Corpus
 from fullrank.core.errors import InputError
 from fullrank.core.progress import progress as progress_bar
+from fullrank.retrieval.retriever import readable
 
 if TYPE_CHECKING:
     from fullrank.retrieval.encoder import Encoder
@@ -158,7 +159,7 @@ def split_passages(
     with progress_bar("split", len(long), progress, unit="docs") as advance:
         for begin in range(0, len(long), _WINDOW):
             rows = long[begin : begin + _WINDOW]
-            texts = [contents[row] for row in rows]
+            texts = [readable(contents[row]) for row in rows]
             encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
             for row, encoding in zip(rows, encodings, strict=True):
                 if len(encoding.ids) > room:

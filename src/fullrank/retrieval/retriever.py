@@ -70,6 +70,15 @@ def candidates(queries: Queries, run: Run) -> tuple[list[str], list[str]]:
     return [queries[query] for query in listed], listed
 
 
+def readable(text: str) -> str:
+    r"""Return a text that tokenizers take: what no UTF-8 can carry (lone surrogates) becomes ``?``.
+
+    >>> readable("a\ud800b")
+    'a?b'
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def known_rows(query: str, ids: Ids, row: Callable[[str], int]) -> Rows:
     """Return the rows of some items, or say which one is not there.
 
