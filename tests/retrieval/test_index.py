@@ -162,6 +162,16 @@ def test_opening_loads_no_model(whole, monkeypatch):
         index.search("matrix", system="dense")
 
 
+def test_an_index_is_found_from_any_directory(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Index.create("index", corpus, None, progress=False)
+    opened = Index.open("index")
+    monkeypatch.chdir("/")
+    assert len(opened.search("matrix")["q"])
+    opened.add([Document("new", "a matrix")])
+    assert "new" in opened.corpus
+
+
 def test_reading_changes_nothing(copied):
     def state():
         return {path: path.stat().st_mtime_ns for path in copied.folder.rglob("*")}

@@ -36,7 +36,7 @@ from fullrank.retrieval.index_systems import (
     system_names,
 )
 from fullrank.retrieval.index_view import View
-from fullrank.retrieval.retriever import check_depth
+from fullrank.retrieval.retriever import check_depth, readable
 from fullrank.retrieval.stages import Stage, check_queries
 
 QUERY = "q"
@@ -65,7 +65,7 @@ class Index:
     """
 
     def __init__(self, folder: Path, models: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
+        self.folder = folder = folder.absolute()  # whatever directory a later search is made in
         self._models = dict(models or {})
         self._view = View(folder, self._models)
         if unknown := set(self._models) - set(self._view.encoders):
@@ -264,8 +264,7 @@ class Index:
         load_for(name, view)
         depth = max(k, view.manifest.settings.depth)
         # What came in as broken Unicode is searched for as far as it is readable.
-        readable = {q: text.encode("utf-8", "replace").decode() for q, text in queries.items()}
-        asked = {q: text for q, text in readable.items() if text.strip()}
+        asked = {q: readable(text) for q, text in queries.items() if text.strip()}
         run = make_system(name, view, depth=depth, mask=mask)(asked).top(k)
         if len(asked) == len(queries):
             return run
@@ -289,7 +288,7 @@ class Index:
     ) -> list[Snippet]:
         """Return a :meth:`snippet` of each of the documents that a query found."""
         view = self._view
-        query = query.encode("utf-8", "replace").decode()
+        query = readable(query)
         name = default_system(view) if system is None else system
         found = [view.corpus[document] for document in documents]
         parts = best_parts(name, view, query, documents)
