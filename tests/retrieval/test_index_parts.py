@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -181,6 +182,29 @@ def test_vectors_are_encoded_once_and_written_in_order(tmp_path):
     VectorCache(tmp_path / "cache", "key", 5).read_into(other)  # another dimension
     VectorCache(tmp_path / "cache", "other key", 4).read_into(other)
     assert digests[0].tobytes() not in other
+
+
+def test_a_cache_of_more_files_than_may_be_open(tmp_path):
+    cache, count = VectorCache(tmp_path, "k" * 24, 3), 200
+    texts = [f"text {i}" for i in range(count)]
+    digests = text_digests("k", texts)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        kept = [cache.put(digests[i : i + 1], np.full((1, 3), i, np.float32)) for i in range(count)]
+        source = VectorSource()
+        cache.read_into(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(source[d.tobytes()][0]) for d in digests] == list(range(count))
+    assert [int(vectors[0, 0]) for vectors in kept] == list(range(count))
+    damaged = sorted(cache.folder.glob("*.npy"))[:3]
+    damaged[0].write_bytes(b"")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:-4])
+    np.save(damaged[2], np.array([None]), allow_pickle=True)
+    source = VectorSource()
+    cache.read_into(source)
+    assert sum(d.tobytes() in source for d in digests) == count - 3
 
 
 def test_digests_tell_encoders_and_texts_apart():

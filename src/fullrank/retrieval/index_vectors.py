@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fullrank.core.errors import InputError
+from fullrank.core.errors import InputError, require
 from fullrank.core.files import atomic_write
 from fullrank.core.progress import progress as progress_bar
 from fullrank.retrieval.index_tables import Digests
@@ -21,7 +21,7 @@ from fullrank.retrieval.index_tables import Digests
 Vectors = npt.NDArray[np.float32]
 
 # What an interruption may cost: texts encoded since the last chunk was written. Chunks grow with
-# the work, because each is a file that stays open.
+# the work, so that there are not many files.
 _CHUNK, _LARGEST_CHUNK, _CHUNKS = 512, 16_384, 64
 _DIGEST = 16
 # Vectors copied at once.
@@ -94,7 +94,7 @@ class VectorCache:
         """Let a source know what is here; a file that cannot be read counts as not there."""
         for path in sorted(self.folder.glob("*.npy")):
             with suppress(OSError, ValueError):
-                chunk = np.load(path, mmap_mode="r", allow_pickle=False)
+                chunk = _map_closed(path)
                 if chunk.dtype == self._type and chunk.ndim == 1:
                     source.include(np.asarray(chunk["digest"]), chunk["vector"])
 
@@ -106,12 +106,24 @@ class VectorCache:
         np.save(data, chunk, allow_pickle=False)
         name = hashlib.sha256(digests.tobytes()).hexdigest()[:24]
         path = atomic_write(self.folder / f"{name}.npy", data.getvalue())
-        kept: Vectors = np.load(path, mmap_mode="r", allow_pickle=False)["vector"]
+        kept: Vectors = _map_closed(path)["vector"]
         return kept
 
     def clear(self) -> None:
         """Forget everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _map_closed(path: Path) -> npt.NDArray[Any]:
+    """Map a ``.npy`` file without keeping it open: a cache may have more than may be open."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin = file.tell()
+    with require("pyarrow", extra="search").memory_map(str(path)) as mapped:
+        content = mapped.read_buffer()
+    array: npt.NDArray[Any] = np.frombuffer(content, dtype, offset=begin).reshape(shape)
+    return array
 
 
 def encode_missing(
