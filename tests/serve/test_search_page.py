@@ -185,6 +185,11 @@ def test_a_server_that_refuses_or_is_gone_is_said(browser, url):
     until(lambda: "does not answer" in page.locator("#status").inner_text())
     page.fill("#q", "matrix")
     until(lambda: "results by both" in page.locator("#status").inner_text())
+    page.route("**/document?*", lambda route: route.fulfill(
+        status=404, json={"error": "not_found", "detail": "it went"}
+    ))  # fmt: skip
+    page.locator("#results .title").first.click()
+    until(lambda: page.locator("#results .document").first.inner_text() == "Not shown: it went")
     page.context.close()
 
 

@@ -67,12 +67,12 @@ async function openDocument(id, panel) {
     panel.textContent = found.truncated ? `${found.text}\n… (cut: the document is very long)` : found.text;
     if (!panel.textContent) panel.textContent = "(an empty document)";
   } catch (error) {
-    panel.textContent = message(error);
+    panel.textContent = message(error, "Not shown");
   }
 }
 
-function message(error) {
-  if (error instanceof Refused) return `Not searched: ${error.message}`;
+function message(error, what = "Not searched") {
+  if (error instanceof Refused) return `${what}: ${error.message}`;
   return "The server does not answer. Is it still running?";
 }
 
