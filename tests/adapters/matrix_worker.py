@@ -48,26 +48,25 @@ def whole(model, names):
 
 def train_together(folder, rank):
     import cases
-    import torch.distributed as dist
     from small_net import net
+    from two_processes import process_group
 
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    for number, case in enumerate(cases.CASES.values()):
-        for kind in KINDS:
-            model = case.put(net(dtype=torch.float64), 2)
-            names = set(cases.trained(model))
-            shared = wrapped(kind, model)
-            cases.train(shared, rows=slice(rank, None, 2))
-            state = whole(shared, names)
-            if rank == 0:
-                torch.save(state, folder / f"{number}.{kind}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(folder, rank):
+        for number, case in enumerate(cases.CASES.values()):
+            for kind in KINDS:
+                model = case.put(net(dtype=torch.float64), 2)
+                names = set(cases.trained(model))
+                shared = wrapped(kind, model)
+                cases.train(shared, rows=slice(rank, None, 2))
+                state = whole(shared, names)
+                if rank == 0:
+                    torch.save(state, folder / f"{number}.{kind}.pt")
 
 
 if __name__ == "__main__":
     job, folder, *rest = sys.argv[1:]
-    sys.path.insert(0, str(Path(__file__).parent))
+    here = Path(__file__).parent
+    sys.path += [str(here), str(here.parent / "support")]
     if job == "load":
         load(Path(folder))
     else:

@@ -3,13 +3,11 @@
 python distributed_worker.py FOLDER RANK PROCESSES TASK [CASE ...]
 """
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -252,14 +250,13 @@ def main():
     folder, rank, processes, task, *cases = sys.argv[1:]
     folder, rank, processes = Path(folder), int(rank), int(processes)
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting-{task}-{processes}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
-    globals()[f"task_{task}"](folder, rank, processes, cases)
-    dist.barrier()
-    dist.destroy_process_group()
-    # Gloo's threads may outlive the group and abort an interpreter that takes itself apart.
-    sys.stderr.flush()
-    os._exit(0)
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
+    from two_processes import process_group
+
+    meeting = folder / f"{task}-{processes}"
+    meeting.mkdir(exist_ok=True)
+    with process_group(meeting, rank, processes):
+        globals()[f"task_{task}"](folder, rank, processes, cases)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Two processes under DDP equal one with the doubled batch, factors alike on both."""
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from two_processes import process_group
 
 from fullrank.optim.mkor import MKOR
 from fullrank.optim.mkor_hybrid import MKORH
@@ -50,25 +48,18 @@ def result(model, optimizer):
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    try:
+    with process_group(folder, rank):
         for kind in (MKOR, MKORH):
             model = build()
             wrapped = nn.parallel.DistributedDataParallel(model)
             optimizer = optimizer_of(wrapped, kind)
             train(wrapped, optimizer, slice(4 * rank, 4 * rank + 4))
             torch.save(result(model, optimizer), folder / f"{kind.__name__}-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_two_processes_equal_one(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [process.wait(240) for process in processes] == [0, 0]
+    torch.multiprocessing.spawn(work, (tmp_path,), nprocs=2)
     for kind in (MKOR, MKORH):
         model = build()
         optimizer = optimizer_of(model, kind)
@@ -79,7 +70,3 @@ def test_two_processes_equal_one(tmp_path):
         ranks = [torch.load(file, weights_only=True) for file in files]
         torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
         torch.testing.assert_close(ranks[0], expected, rtol=1e-12, atol=1e-12)
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[2]), Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from two_processes import process_group
 
 from fullrank.core.errors import InputError
 from fullrank.spectra import ActivationMeter, Spectrum, activation_spectra
@@ -230,16 +231,11 @@ def test_values_that_are_not_finite_are_placed(model):
 
 
 def _worker(rank, folder, batches, results):
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(Model())
-    found = activation_spectra(model, batches[rank], "layer.?", across_processes=True)
-    results[rank] = {name: spectrum.values for name, spectrum in found.items()}
-    dist.destroy_process_group()
+    with process_group(folder, rank):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(Model())
+        found = activation_spectra(model, batches[rank], "layer.?", across_processes=True)
+        results[rank] = {name: spectrum.values for name, spectrum in found.items()}
 
 
 def test_samples_of_all_processes_count(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_processes import process_group
 
 from fullrank.core.errors import InputError
 from fullrank.core.sketched_moments import SketchedMoments
@@ -183,20 +184,15 @@ def test_energies_of_a_spectrum_that_is_not_whole():
 
 
 def _worker(rank, folder, shards, options, results):
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(shards)
-    )
-    meter = SpectrumMeter(**options)
-    if len(shards[rank]):
-        meter.update(shards[rank])
-    meter.sync()
-    results[rank] = meter.spectrum().values
-    empty = SpectrumMeter()
-    empty.sync()
-    assert empty.width is None
-    dist.destroy_process_group()
+    with process_group(folder, rank, len(shards)):
+        meter = SpectrumMeter(**options)
+        if len(shards[rank]):
+            meter.update(shards[rank])
+        meter.sync()
+        results[rank] = meter.spectrum().values
+        empty = SpectrumMeter()
+        empty.sync()
+        assert empty.width is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_processes import process_group
 
 from fullrank.core.errors import InputError
 from fullrank.spectra import RankMeMeter, rankme, select_by_rankme
@@ -92,17 +93,12 @@ def test_a_centred_meter(reference):
 
 
 def _worker(rank, folder, shards, results):
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(shards)
-    )
-    meter = RankMeMeter()
-    if len(shards[rank]):
-        meter.update(shards[rank])
-    meter.sync()
-    results[rank] = meter.compute()
-    dist.destroy_process_group()
+    with process_group(folder, rank, len(shards)):
+        meter = RankMeMeter()
+        if len(shards[rank]):
+            meter.update(shards[rank])
+        meter.sync()
+        results[rank] = meter.compute()
 
 
 @pytest.mark.parametrize("cut", [30, 0])
