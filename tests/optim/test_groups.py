@@ -55,6 +55,14 @@ def covered(groups):
     return [id(p) for group in groups for p in group["params"]]
 
 
+def test_attributes_named_as_a_wrappers_are_lose_no_parameter():
+    inner = nn.ModuleDict({"model": nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))})
+    model = nn.Sequential(inner, nn.Linear(32, 32))
+    groups = param_groups(model, rank=4, verbose=False)
+    assert sorted(covered(groups)) == sorted(map(id, model.parameters()))
+    assert len(groups[0]["params"]) == 3
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_layer_but_embeddings_and_head(tied):
     model = Model(tied)

@@ -105,9 +105,9 @@ class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
 def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Empty factorised layers for what a config lists, by the names this class has for them."""
     from fullrank.compress.layers_record import shell_for, stands_for
-    from fullrank.core.names import canonical_name
+    from fullrank.core.names import canonical_modules
 
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = dict(canonical_modules(model))
     # A checkpoint saved with a head names its layers under the base model's prefix; loaded
     # without the head (or the other way round) they are known without it.
     prefix = getattr(model, "base_model_prefix", "") + "."

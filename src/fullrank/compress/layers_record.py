@@ -12,16 +12,16 @@ from fullrank.compress.layers import LowRankLinear
 from fullrank.compress.layers_conv import LowRankConv
 from fullrank.compress.matrices import is_conv1d
 from fullrank.compress.matrices_conv import CONVOLUTIONS
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 Factorised = LowRankLinear | LowRankConv
 
 
 def factorised(model: nn.Module) -> Iterator[tuple[str, Factorised]]:
     """Yield ``(canonical name, layer)`` of every factorised layer, shared ones once."""
-    for name, module in model.named_modules():
+    for name, module in canonical_modules(model):
         if isinstance(module, Factorised):
-            yield canonical_name(name), module
+            yield name, module
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.files import atomic_write
 from fullrank.core.models import quiet_transformers
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 _PLAIN = "fullrank.json"
 _FORMAT = 2
@@ -194,7 +194,7 @@ def _load_plain(path: Path, model: nn.Module) -> nn.Module:
         layers = record["layers"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise StoreError(f"{path} cannot be read as a shrunk model: {error}") from error
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = dict(canonical_modules(model))
     new = {}
     for name, entry in layers.items():
         module = modules.get(name)

@@ -61,7 +61,7 @@ def factorisable(
     Raises
     ------
     InputError
-        When a pattern matches nothing, the model has no such layer, or one name for two.
+        When a pattern matches nothing, or the model has no such layer.
 
     Warns
     -----
@@ -101,7 +101,7 @@ def factorisable(
 def all_layers(model: nn.Module, *, convolutions: bool = True) -> dict[str, nn.Module]:
     """Every layer of a model that patterns may name, by canonical name, tied ones once."""
     layers, seen, own = {}, unloadable(model), {}
-    for name, module in canonical_modules(model, strict=True):
+    for name, module in canonical_modules(model):
         if is_linear(module) or (convolutions and is_convolution(module)):
             if id(module.weight) not in seen:
                 layers[name] = module

@@ -6,10 +6,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from fullrank.core.errors import InputError
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -46,12 +44,22 @@ def _within(name: str) -> str:
     return _BASE_LAYER.sub("", _INSIDE.sub("", name))
 
 
-def canonical_modules(model: nn.Module, *, strict: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield ``(canonical name, module)`` of every module, shared ones once.
+def canonical_naming(model: nn.Module) -> Callable[[str], str]:
+    """Return what gives modules and parameters of this model their canonical names.
 
     A model may have attributes that are named as a wrapper's are. Where two modules with
-    parameters of their own would get one name, nothing is wrapped and such prefixes stay; or,
-    if ``strict``, an :class:`~fullrank.core.errors.InputError` names both.
+    parameters of their own would get one name, nothing is wrapped and such prefixes stay.
+    """
+    owners: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            owners.setdefault(canonical_name(name), set()).add(_within(name))
+    clash = any(len(names) > 1 for names in owners.values())
+    return _within if clash else canonical_name
+
+
+def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(canonical name, module)`` of every module, shared ones once.
 
     >>> from torch import nn
     >>> inner = nn.ModuleDict({"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
@@ -60,20 +68,16 @@ def canonical_modules(model: nn.Module, *, strict: bool = False) -> Iterator[tup
     >>> [name for name, module in canonical_modules(nn.Sequential(inner, nn.Linear(4, 4)))][-3:]
     ['0.model.0', '0.model.1', '1']
     """
-    modules = list(model.named_modules())
-    owners: dict[str, set[str]] = {}
-    for name, module in modules:
-        if any(parameter is not None for parameter in module._parameters.values()):
-            owners.setdefault(canonical_name(name), set()).add(_within(name))
-    clash = next((names for names in owners.values() if len(names) > 1), None)
-    if clash and strict:
-        one, other = sorted(clash)[:2]
-        raise InputError(
-            f"{one!r} and {other!r} have one name without the prefix that wrappers add "
-            f"({canonical_name(one)!r}): rename the attribute that is named as a wrapper's"
-        )
-    for name, module in modules:
-        yield (_within if clash else canonical_name)(name), module
+    naming = canonical_naming(model)
+    for name, module in model.named_modules():
+        yield naming(name), module
+
+
+def canonical_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(canonical name, parameter)`` of every parameter, shared ones once."""
+    naming = canonical_naming(model)
+    for name, parameter in model.named_parameters():
+        yield naming(name), parameter
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

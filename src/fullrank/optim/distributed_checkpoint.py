@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_naming, canonical_parameters
 from fullrank.optim.foundation import FullrankOptimizer
 from fullrank.optim.mkor import MKOR
 
@@ -79,7 +79,8 @@ def allocate_as_saved(
     saved = _contents(checkpoint)
     states = dict(_owners(saved, f"{key}.state."))
     if model is not None:
-        states = {canonical_name(name): shapes for name, shapes in states.items()}
+        naming = canonical_naming(model)
+        states = {naming(name): shapes for name, shapes in states.items()}
     named = dict(_named(optimizer, model))
     foreign = sorted(set(states) - set(named))
     if foreign or not any(path.startswith(f"{key}.") for path in saved):
@@ -131,9 +132,7 @@ def _named(optimizer: Optimizer, model: nn.Module | None) -> Iterator[tuple[str,
         yield from ((str(i), param) for i, param in enumerate(params))
         return
     held = {id(param) for param in params}
-    for name, param in model.named_parameters():
-        if id(param) in held:
-            yield canonical_name(name), param
+    yield from ((n, param) for n, param in canonical_parameters(model) if id(param) in held)
 
 
 def _zeros(

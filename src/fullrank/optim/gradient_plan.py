@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name, model_fingerprint
+from fullrank.core.names import canonical_modules, model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import Energy, LayerSpectrum, ModelRule, RankRule, apply_rule
 from fullrank.optim.groups import Patterns, projectable
@@ -57,7 +57,7 @@ def gradient_plan(
     {'0': 1, '2': 1}
     >>> optimizer = GaLoreAdamW(param_groups(model, plan=plan, verbose=False))
     """
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = dict(canonical_modules(model))
     spectra: dict[str, LayerSpectrum] = {}
     idle = []
     for name, weight in projectable(model, targets, exclude).items():

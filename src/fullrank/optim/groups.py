@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules, canonical_parameters
 from fullrank.core.plan import RankPlan
 from fullrank.core.table import Table
 from fullrank.optim.foundation import FullrankOptimizer
@@ -202,7 +202,7 @@ def frugal_param_groups(
         norms = "norm" in type(module).__name__.lower()
         if (project_embeddings and embeds) or (project_norms and norms):
             chosen.update(id(p) for p in module.parameters(recurse=False))
-    named = [(canonical_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in canonical_parameters(model) if p.requires_grad]
     divided = {name: param for name, param in named if id(param) in chosen}
     others = {name: param for name, param in named if id(param) not in chosen}
     if not divided:
@@ -242,7 +242,7 @@ def _assemble(
     one_rank: int | None,
 ) -> ParamGroups:
     ids = {id(weight) for weight, _ in chosen.values()}
-    named = [(canonical_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in canonical_parameters(model) if p.requires_grad]
     others = {name: param for name, param in named if id(param) not in ids}
     ranks = [rank for _, rank in chosen.values()]
     groups: list[dict[str, Any]] = [
@@ -267,8 +267,7 @@ def _assemble(
 
 def _layer_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights that are matrices of a linear map, by canonical name of their layer."""
-    for name, module in model.named_modules():
-        path = canonical_name(name)
+    for path, module in canonical_modules(model):
         if isinstance(module, nn.MultiheadAttention):
             for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
                 weight = getattr(module, f"{part}_weight", None)
@@ -278,6 +277,7 @@ def _layer_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
             or type(module).__name__ == "Conv1D"
         ):
+            assert isinstance(module.weight, Tensor)
             yield path, module.weight
 
 

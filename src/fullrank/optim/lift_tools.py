@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name, named_linears
+from fullrank.core.names import canonical_parameters, named_linears
 from fullrank.optim.mask import SVDKind, index_dtype, principal_mask
 
 Delta = dict[str, tuple[Tensor, Tensor]]
@@ -86,8 +86,8 @@ def lift_param_groups(
         }
     ]
     rest = [
-        (canonical_name(name), param)
-        for name, param in model.named_parameters()
+        (name, param)
+        for name, param in canonical_parameters(model)
         if param.requires_grad and id(param) not in chosen
     ]
     if rest and others:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 from fullrank.optim.mkor_factors import InverseFactor
 from fullrank.optim.mkor_settings import Settings
 from fullrank.optim.mkor_statistics import Statistics, clipped_sum, mean_patches
@@ -299,10 +299,10 @@ def find_layers(model: nn.Module, exclude: Exclude, settings: Settings) -> list[
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+    for name, module in canonical_modules(model):
         plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if plain or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            yield canonical_name(name), module
+            yield name, module
 
 
 def _is(each: str | nn.Module, name: str, module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from fullrank.core.batches import call, device_of, moved
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 from fullrank.spectra.matrices import patterns
 from fullrank.spectra.meter import EXACT_TO, SKETCH, SpectrumMeter, few_samples
 from fullrank.spectra.spectrum import Spectrum
@@ -286,7 +286,7 @@ def matching_modules(
         if not modules:
             raise InputError("no modules were chosen: the mapping of them is empty")
         return dict(modules)
-    named = {canonical_name(name): module for name, module in model.named_modules()}
+    named = dict(canonical_modules(model))
     wanted = patterns(modules) or []
     for pattern in wanted:
         if not fnmatch.filter(named, pattern):

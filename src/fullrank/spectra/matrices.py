@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_name
+from fullrank.core.names import canonical_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,8 +68,8 @@ def weight_matrices(model: nn.Module) -> Iterator[Weight]:
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        weight = _weight(canonical_name(name), module, module is head)
+    for name, module in canonical_modules(model):
+        weight = _weight(name, module, module is head)
         if weight is None:
             continue
         stored = module.first if weight.rank is not None else module.weight
