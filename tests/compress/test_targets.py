@@ -87,13 +87,15 @@ class Net(nn.Module):
 
 
 def test_attributes_named_as_a_wrappers_are_hide_no_layer(tmp_path):
-    model = nn.Sequential(Net(), nn.Linear(32, 32))
+    def model():
+        return nn.Sequential(Net(), nn.Linear(32, 32))
+
     names = ["0.model.0", "0.model.1", "1"]
-    assert list(Maestro(model).layers) == names
-    small = greenformers(model, 0.5)
+    assert list(Maestro(model()).layers) == names
+    small = greenformers(model(), 0.5)
     assert [row[0] for row in report(small).rows] == names
     save(small, tmp_path / "small")
-    again = load(tmp_path / "small", nn.Sequential(Net(), nn.Linear(32, 32)))
+    again = load(tmp_path / "small", model())
     x = torch.randn(3, 32)
     assert torch.equal(again(x), small(x))
     # Where nothing clashes they are a wrapper's.
