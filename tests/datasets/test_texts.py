@@ -71,6 +71,50 @@ def test_what_cannot_be_read(tmp_path, write, message):
         read_texts(path)
 
 
+def test_a_line_of_jsonl_ends_where_the_file_says(tmp_path):
+    # A JSON string may hold these as they are; str.splitlines takes them for line ends.
+    text = "one\u2028two\u0085three " * 20
+    path = tmp_path / "notes.jsonl"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\n", encoding="utf-8")
+    parts = read_texts(path).parts
+    assert "".join(parts[part][0] for part in ("train", "dev", "test")) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("null", "null, not text"), ("7", "a int, not text"), (r'"a\ud83d"', "surrogate")],
+)
+def test_what_is_no_text_is_not_made_one(tmp_path, value, message):
+    path = tmp_path / "notes.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n{{"text": {value}}}\n')
+    with pytest.raises(InputError, match=f"line 2: .*{message}"):
+        read_texts(path)
+
+
+def test_a_test_part_is_never_trained_on(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.txt").write_text(f"the {part} text " * 20)
+    parts = read_texts(tmp_path).parts
+    assert parts["test"] == ("the test text " * 20,)
+    assert "test" not in parts["train"][0] + parts["dev"][0]
+
+
+def test_what_is_hidden_or_no_file_is_passed_over(tmp_path):
+    (tmp_path / "notes.md").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden.md").write_text("hidden " * 40)
+    (tmp_path / "notes.md" / "one.md").write_text("shown " * 40)
+    assert len(read_texts(tmp_path).parts["train"]) == 1
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare", "wikitext-2", "gsm8k"])
+def test_a_collection_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FULLRANK_DATA", str(tmp_path))
+    with pytest.raises(InputError, match=r"wikitext-2|gsm8k|tinyshakespeare"):
+        read_texts(name)
+
+
 def test_jsonl_errors_name_the_line(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "a"}\n{"other": "b"}\n')

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fullrank.core.errors import InputError, require
+from fullrank.datasets.jsonl import read_objects
 
 PARTS = ("train", "dev", "test")
 # Of a text that comes without parts, what is kept to measure on.
@@ -92,7 +93,8 @@ def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
         ``"python_source"`` (the built-in one, see :func:`~fullrank.datasets.python_source`);
         ``"tinyshakespeare"``, ``"wikitext-2"`` or ``"gsm8k"`` from the folder that the
         environment variable ``FULLRANK_DATA`` names; a text or JSONL file; a folder with
-        ``train``, ``dev`` and ``test`` files, or with any text files; or a data set of the
+        ``train``, ``dev`` and ``test`` files (without ``dev`` one is cut off ``train``), or with
+        any text files; or a data set of the
         Hugging Face hub as ``hf:NAME`` or ``hf:NAME:CONFIG``.
     field_name
         Field of a JSONL line, or column of a data set, that holds the text.
@@ -131,24 +133,35 @@ def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
 
 
 def _documents(path: Path, field_name: str) -> list[str]:
+    """Texts of a file: a field of each JSON line, or all of it."""
+    if path.suffix == ".jsonl":
+        return [
+            _field(record, field_name, f"{path}, line {number}")
+            for number, record in read_objects(path)
+        ]
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        return [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text (byte {error.start}); convert it") from error
-    if path.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[field_name]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"line {number} of {path} is no JSON object with a field {field_name!r}"
-            ) from error
-        documents.append(str(value))
-    return documents
+
+
+def _field(record: Mapping[str, Any], name: str, where: str) -> str:
+    if name not in record:
+        raise InputError(f"{where}: no field {name!r} among {sorted(record)}")
+    text = record[name]
+    if not isinstance(text, str):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        raise InputError(f"{where}: the field {name!r} is {kind}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: the field {name!r} holds half of a surrogate pair, which no tokenizer "
+            "reads; remove it"
+        ) from None
+    return text
 
 
 def _from_folder(folder: Path, field_name: str) -> Texts:
@@ -157,13 +170,31 @@ def _from_folder(folder: Path, field_name: str) -> Texts:
     for stem, part in stems.items():
         for path in sorted(folder.glob(f"{stem}.*")):
             named.setdefault(part, tuple(_documents(path, field_name)))
-    if {"train", "dev"} <= named.keys():
-        return Texts(folder.name, named, {"source": folder.name})
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in (".txt", ".md", ".jsonl", ".py")]
-    documents = [text for path in files for text in _documents(path, field_name)]
+    if "train" in named:
+        return _in_parts(folder.name, named, folder.name)
+    documents = [text for path in _text_files(folder) for text in _documents(path, field_name)]
     if not documents:
         raise InputError(f"{folder} holds no .txt, .md, .jsonl or .py file")
     return Texts.divided(folder.name, documents, source=folder.name)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Files under a folder that is not in parts, without hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".txt", ".md", ".jsonl", ".py")
+        and path.is_file()
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+    ]
+
+
+def _in_parts(name: str, parts: Mapping[str, tuple[str, ...]], source: str) -> Texts:
+    """Texts that come in parts; where none is for dev, one is cut off the training part."""
+    if "dev" not in parts:
+        rest = {part: texts for part, texts in parts.items() if part != "train"}
+        parts = {**Texts.divided(name, parts["train"]).parts, **rest}
+    return Texts(name, parts, {"source": source})
 
 
 def _from_hub(name: str, column: str) -> Texts:
@@ -181,10 +212,11 @@ def _from_hub(name: str, column: str) -> Texts:
                 raise InputError(
                     f"{name} has no column {column!r}, but {loaded[split].column_names}"
                 )
-            found.setdefault(part, tuple(map(str, loaded[split][column])))
-    if "dev" in found and "train" in found:
-        return Texts(path, found, {"source": f"hf:{name}"})
-    return Texts.divided(path, found.get("train", ()), source=f"hf:{name}")
+            texts = (str(text) for text in loaded[split][column] if text is not None)
+            found.setdefault(part, tuple(texts))
+    if "train" not in found:
+        raise InputError(f"{name} has no split 'train'; it has {', '.join(loaded)}")
+    return _in_parts(path, found, f"hf:{name}")
 
 
 def _data_folder(name: str) -> Path:
@@ -203,17 +235,18 @@ def _shakespeare(data: Path) -> Texts:
 
 def _wikitext(data: Path) -> Texts:
     """Its training part is not there: the validation text is divided, the test text kept."""
-    documents = _documents(data / "wikitext-2" / "valid.txt", "text")
-    divided = Texts.divided("wikitext-2", documents, source="wikitext-2")
-    test = tuple(_documents(data / "wikitext-2" / "test.txt", "text"))
-    return Texts("wikitext-2", {**divided.parts, "test": test}, divided.manifest)
+    folder = data / "wikitext-2"
+    parts = {
+        "train": tuple(_documents(folder / "valid.txt", "text")),
+        "test": tuple(_documents(folder / "test.txt", "text")),
+    }
+    return _in_parts("wikitext-2", parts, "wikitext-2")
 
 
 def _gsm8k(data: Path) -> Texts:
     def read(name: str) -> tuple[str, ...]:
-        lines = (data / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return tuple(f"Question: {row['question']}\nAnswer: {row['answer']}\n" for row in rows)
+        rows = read_objects(data / "gsm8k" / f"{name}.jsonl")
+        return tuple(f"Question: {r['question']}\nAnswer: {r['answer']}\n" for _, r in rows)
 
     train = read("train")
     held = len(train) // 20
