@@ -15,6 +15,7 @@ from fullrank.datasets import (
     trec_documents,
     vaswani,
 )
+from fullrank.datasets.judgements import collect_qrels
 
 
 @pytest.fixture
@@ -65,6 +66,14 @@ class TestQrels:
         assert read_qrels(path) == {"1": {"d1": 2, "d2": 0}, "2": {"d1": -1}}
         path.write_text("q1\td1\t1\nq1\td1\t1\n")
         assert read_qrels(path) == {"q1": {"d1": 1}}
+        path.write_text("q1 d1 1.0\n")
+        assert read_qrels(path) == {"q1": {"d1": 1}}
+
+    @pytest.mark.parametrize("grade", [0.5, float("nan"), float("inf"), None, "1"])
+    def test_grades_of_a_library(self, grade):
+        assert collect_qrels([("q", "d", 1.0)], "there") == {"q": {"d": 1}}
+        with pytest.raises(InputError, match="there: the grade"):
+            collect_qrels([("q", "d", grade)], "there")
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,28 +51,21 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
             )
         query, document, grade = columns[0], columns[-2], columns[-1]
         try:
-            value = int(grade)
+            value = float(grade)
         except ValueError:
-            if number == 1 and not _numeric(grade):
+            if number == 1:
                 continue
-            raise InputError(f"{where}: the grade {grade!r} is not a whole number") from None
+            value = math.nan
+        whole = _whole(value, grade, where)
         judged = qrels.setdefault(query, {})
-        if judged.setdefault(document, value) != value:
+        if judged.setdefault(document, whole) != whole:
             raise InputError(
-                f"{where}: document {document!r} is judged {value} for query {query!r}, "
+                f"{where}: document {document!r} is judged {whole} for query {query!r}, "
                 f"but {judged[document]} on an earlier line"
             )
     if not qrels:
         raise InputError(f"{file} holds no judgements")
     return qrels
-
-
-def _numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def collect_qrels(
@@ -80,8 +74,13 @@ def collect_qrels(
     """Judgements from (query id, document id, grade) of a library's records."""
     qrels: dict[str, dict[str, int]] = {}
     for query, document, grade in rows:
-        if not isinstance(grade, int | float) or grade != int(grade):
-            raise InputError(f"{where}: the grade {grade!r} is not a whole number")
+        value = grade if isinstance(grade, int | float) else math.nan
         judged = qrels.setdefault(id_at(query, "query", where), {})
-        judged[id_at(document, "document", where)] = int(grade)
+        judged[id_at(document, "document", where)] = _whole(value, grade, where)
     return qrels
+
+
+def _whole(value: float, shown: object, where: str) -> int:
+    if not math.isfinite(value) or value != int(value):
+        raise InputError(f"{where}: the grade {shown!r} is not a whole number")
+    return int(value)
