@@ -193,3 +193,10 @@ def test_unknown_rows_are_named(comparison):
         comparison.table("RR")
     with pytest.raises(InputError, match="no 'nDCG@10' of 'bm25'"):
         comparison.contrast("weak", "bm25")
+
+
+def test_the_title_has_the_confidence_in_full():
+    qrels = {f"q{i}": {"a": 1} for i in range(4)}
+    run = Run.from_dict({q: {"a": 1.0} for q in qrels})
+    found = compare([run], qrels, ["RR"], confidence=0.975)
+    assert "97.5% bootstrap" in found.table().title

@@ -172,3 +172,18 @@ def test_table_and_json():
         "mean": {"RR": 1.0, "AP": 1.0},
         "per_query": {"RR": {"q": 1.0}, "AP": {"q": 1.0}},
     }
+
+
+def test_gdeval_measures_queries_of_any_name():
+    run = {"web-7": {"a": 2.0, "b": 1.0}, "Q": {"a": 1.0}}
+    qrels = {"web-7": {"a": -1, "b": 2}, "Q": {"a": 1}, "7": {"a": 1}}
+    found = evaluate(run, qrels, ["ERR@10"]).per_query["ERR@10"]
+    assert found == {"web-7": 3 / 16 / 2, "Q": 1 / 16, "7": 0.0}
+    with pytest.raises(InputError, match="grades up to 4"):
+        evaluate(run, {"Q": {"a": 5}}, ["ERR@10"])
+
+
+@pytest.mark.parametrize("qrels", [{1: {"a": 1}}, {"q": {1: 1}}])
+def test_ids_that_are_no_strings_are_refused(qrels):
+    with pytest.raises(InputError, match="ids are strings"):
+        evaluate({"q": {"a": 1.0}}, qrels, ["AP"])

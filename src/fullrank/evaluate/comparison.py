@@ -181,7 +181,7 @@ class Comparison:
     def _title(self) -> str:
         drawn = "" if self.clusters is None else f" in {self.clusters} clusters"
         return (
-            f"{self.queries} queries{drawn}; differences with {self.confidence:.0%} bootstrap "
+            f"{self.queries} queries{drawn}; differences with {100 * self.confidence:g}% bootstrap "
             f"intervals; p of paired randomisation, Holm-corrected over {self.tests} tests"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,8 @@ class Evaluator:
     Raises
     ------
     InputError
-        On empty judgements, grades that are no integers, or an unknown metric.
+        On empty judgements, ids that are no strings, grades that are no integers, or an unknown
+        metric.
 
     Examples
     --------
@@ -109,11 +111,15 @@ class Evaluator:
         for name in names:
             self._names.setdefault(parse_metric(name), []).append(name)
         self.metrics = tuple(names)
-        self._judged = _checked(qrels)
+        judged = _checked(qrels)
         self.queries = tuple(qrels)
+        # Numbers in place of the queries' own ids: gdeval (ERR) takes no others.
+        self._numbers = {q: str(n) for n, q in enumerate(self.queries, 1) if q in judged}
         ir_measures = require("ir_measures", extra="search")
         try:
-            self._measures = ir_measures.evaluator(list(self._names), self._judged)
+            self._measures = ir_measures.evaluator(
+                list(self._names), {number: judged[q] for q, number in self._numbers.items()}
+            )
         except ValueError as error:
             raise InputError(f"ir-measures cannot compute this here: {error}") from error
 
@@ -136,11 +142,20 @@ class Evaluator:
             )
         per_query = {name: dict.fromkeys(self.queries, 0.0) for name in self.metrics}
         # Without results there is nothing to measure, and some measures divide by their number.
-        scores = {q: s for q, s in answered.to_dict(strict=True).items() if s and q in self._judged}
+        scores = {
+            self._numbers[q]: s
+            for q, s in answered.to_dict(strict=True).items()
+            if s and q in self._numbers
+        }
         try:
             for value in self._measures.iter_calc(scores):
                 for name in self._names[value.measure]:
-                    per_query[name][value.query_id] = float(value.value)
+                    per_query[name][self.queries[int(value.query_id) - 1]] = float(value.value)
+        except subprocess.CalledProcessError as error:
+            raise InputError(
+                f"gdeval, which computes one of {', '.join(self.metrics)}, failed; it takes grades "
+                "up to 4"
+            ) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"ir-measures failed to compute {', '.join(self.metrics)}: {error}"
@@ -155,6 +170,12 @@ def _checked(qrels: Qrels) -> dict[str, dict[str, int]]:
     judged: dict[str, dict[str, int]] = {}
     for query, grades in qrels.items():
         plain = {}
+        for identifier in (query, *grades):
+            if not isinstance(identifier, str):
+                raise InputError(
+                    f"query {query!r}: the id {identifier!r} is a {type(identifier).__name__}; "
+                    "ids are strings"
+                )
         for document, grade in grades.items():
             try:
                 whole = int(grade)
