@@ -289,3 +289,26 @@ def test_a_frame_without_the_columns():
     pandas = pytest.importorskip("pandas")
     with pytest.raises(InputError, match=r"lacks \['docno', 'score'\]"):
         Run.from_frame(pandas.DataFrame({"qid": ["q"], "text": ["x"]}))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_query(tmp_path):
+    path = tmp_path / "marked.run"
+    path.write_bytes(b"\xef\xbb\xbfq1 Q0 d1 1 2.0 tag\n")
+    assert list(Run.from_trec(path)) == ["q1"]
+
+
+@pytest.mark.parametrize("second", ["q Q0 b 2 nan t", "q Q0 a 2 0.5 t"])
+def test_errors_in_a_trec_file_name_it(tmp_path, second):
+    path = tmp_path / "odd.run"
+    path.write_text(f"q Q0 a 1 1.0 t\n{second}\n")
+    with pytest.raises(InputError, match=r"odd\.run: query 'q'"):
+        Run.from_trec(path)
+
+
+def test_lowered_scores_are_never_denormal():
+    tiny = np.finfo(np.float32).tiny
+    scores = np.sort(np.random.default_rng(0).normal(scale=3 * tiny, size=500))[::-1]
+    for falling in (scores, np.full(4, 1.7 * tiny)):
+        lowered = strictly_decreasing(falling).astype(np.float32)
+        assert (np.diff(lowered) < 0).all()
+        assert not ((lowered != 0) & (np.abs(lowered) < tiny)).any()

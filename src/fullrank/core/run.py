@@ -58,7 +58,8 @@ def strictly_decreasing(scores: Scores) -> Scores:
     for i in np.flatnonzero(out[1:] >= out[:-1]) + 1:
         j = i
         while j < len(out) and out[j] >= out[j - 1]:
-            out[j] = min(np.nextafter(out[j - 1], np.float32(-np.inf)), out[j - 1] - limits.tiny)
+            below = min(np.nextafter(out[j - 1], np.float32(-np.inf)), out[j - 1] - limits.tiny)
+            out[j] = below if abs(below) >= limits.tiny else 0.0
             j += 1
     return out.astype(np.float64)
 
@@ -186,7 +187,8 @@ class Run(Mapping[str, Ranking]):
         Raises
         ------
         InputError
-            On a line of another shape, naming it.
+            On a line of another shape, naming it; a score that is not finite, or an item ranked
+            twice for a query.
         """
         scores: dict[str, tuple[list[str], list[float]]] = {}
         tag = Path(path).stem
@@ -195,7 +197,7 @@ class Run(Mapping[str, Ranking]):
                 if not line.strip():
                     continue
                 try:  # bytes that are not UTF-8 raise a ValueError too
-                    query, _, item, _, score, tag = line.decode().split()
+                    query, _, item, _, score, tag = line.decode("utf-8-sig").split()
                     value = float(score)
                 except ValueError:
                     raise InputError(
@@ -205,7 +207,10 @@ class Run(Mapping[str, Ranking]):
                 ids, values = scores.setdefault(query, ([], []))
                 ids.append(item)
                 values.append(value)
-        return cls(scores, name=tag)
+        try:
+            return cls(scores, name=tag)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     @classmethod
     def from_matrix(
