@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from fullrank.core.names import model_fingerprint as model_fingerprint
     from fullrank.core.names import named_linears as named_linears
     from fullrank.core.observe import observe_stages as observe_stages
-    from fullrank.core.plan import PlanEntry as PlanEntry
     from fullrank.core.plan import RankPlan as RankPlan
     from fullrank.core.plan import Savings as Savings
-    from fullrank.core.plan import break_even as break_even
+    from fullrank.core.plan_entry import PlanEntry as PlanEntry
+    from fullrank.core.plan_entry import break_even as break_even
     from fullrank.core.progress import progress as progress
     from fullrank.core.run import Ranking as Ranking
     from fullrank.core.run import Run as Run
@@ -43,7 +43,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         **dict.fromkeys(["Corpus", "Document", "Qrels", "Queries"], "corpus"),
-        **dict.fromkeys(["PlanEntry", "RankPlan", "Savings", "break_even"], "plan"),
+        **dict.fromkeys(["RankPlan", "Savings"], "plan"),
+        **dict.fromkeys(["PlanEntry", "break_even"], "plan_entry"),
         **dict.fromkeys(["Ranking", "Run", "StageTrace"], "run"),
         **dict.fromkeys(["canonical_name", "model_fingerprint", "named_linears"], "names"),
         **dict.fromkeys(
