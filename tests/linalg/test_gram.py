@@ -100,6 +100,13 @@ def test_sampled_spectra_are_close(exponent, shape):
     torch.testing.assert_close(found.values[:leading], values[:leading], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_sampled_spectra_of_extreme_scales(scale):
+    matrix = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    usual = sampled_spectrum(matrix, generator=0).values
+    assert torch.allclose(sampled_spectrum(matrix * scale, generator=0).values / scale, usual)
+
+
 def test_sampled_spectra_of_low_rank_and_zero_matrices():
     A = planted(90, 70, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)).float()
     found = sampled_spectrum(A, generator=0).values

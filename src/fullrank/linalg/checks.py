@@ -39,6 +39,21 @@ def largest_magnitude(matrix: Tensor) -> float:
     return max(-float(low), float(high)) if low == low else math.nan
 
 
+def range_scale(matrix: Tensor) -> float:
+    """Return a power of two to divide by: squares of extreme entries would leave the range.
+
+    It is 1 for all that are not.
+
+    >>> range_scale(torch.tensor([[0.5, 3.0]])), range_scale(torch.tensor([[0.0, 2.0**100]]))
+    (1.0, 1.2676506002282294e+30)
+    """
+    largest = largest_magnitude(matrix)
+    safe = 1e100 if matrix.dtype == torch.float64 else 1e8
+    if largest == 0.0 or 1 / safe < largest < safe:
+        return 1.0
+    return float(2.0 ** math.floor(math.log2(largest)))
+
+
 def check_rank(rank: int, shape: tuple[int, ...]) -> None:
     """Raise unless ``1 <= rank <= min(shape)``."""
     if not 1 <= rank <= min(shape):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fullrank.linalg.blas import eigvalsh, gram
-from fullrank.linalg.checks import check_matrix, largest_magnitude
+from fullrank.linalg.checks import check_matrix, range_scale
 
 # Rows (of the long side) that are converted to float64 at a time: the copy stays in the cache
 # and small beside the matrix.
@@ -53,16 +51,9 @@ def gram_spectrum(matrix: Tensor) -> Tensor:
     tall = matrix.detach() if matrix.shape[0] >= matrix.shape[1] else matrix.detach().T
     if tall.device.type == "mps":
         tall = tall.cpu()
-    scale = _scale(largest_magnitude(tall))
+    scale = range_scale(tall)
     values = eigvalsh(_gram(tall, scale))
     return values.flip(0).clamp_min(0).sqrt() * scale
-
-
-def _scale(largest: float) -> float:
-    """Return a power of two that keeps the squares of extreme float64 entries in range."""
-    if largest == 0.0 or 1e-100 < largest < 1e100:
-        return 1.0
-    return float(2.0 ** math.floor(math.log2(largest)))
 
 
 def _gram(tall: Tensor, scale: float) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fullrank.linalg.blas import eigh, gram
-from fullrank.linalg.checks import check_matrix, check_rank, double, largest_magnitude
+from fullrank.linalg.checks import check_matrix, check_rank, double, range_scale
 from fullrank.linalg.svd import SVD
 
 # Squaring in float32 moves up to about 2e-6 of the largest eigenvalue from what is kept to what is
@@ -94,7 +93,7 @@ def _projected(tall: Tensor, rank: int, dropped: float, kept: float) -> GramSVD 
 
 def _projected(tall: Tensor, rank: int, dropped: float = 0.0, kept: float = 0.0) -> GramSVD | None:
     """Project on the leading eigenvectors; None where eigenvalues are below such shares."""
-    scale = _scale(tall)
+    scale = range_scale(tall)
     T = tall if scale == 1.0 else tall / scale
     values, vectors = eigh(gram(T))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -107,12 +106,3 @@ def _projected(tall: Tensor, rank: int, dropped: float = 0.0, kept: float = 0.0)
     U = left / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
     lost = float(tail / total) if total > 0 else 0.0
     return GramSVD(SVD(U, sizes * scale, V.T), lost)
-
-
-def _scale(T: Tensor) -> float:
-    """Return a power of two that keeps squares of extreme entries in range."""
-    largest = largest_magnitude(T)
-    safe = 1e8 if T.dtype == torch.float32 else 1e100
-    if largest == 0.0 or 1 / safe < largest < safe:
-        return 1.0
-    return 2.0 ** math.floor(math.log2(largest))

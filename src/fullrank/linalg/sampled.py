@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fullrank.linalg.bases import orthonormalised
 from fullrank.linalg.blas import thin_product
-from fullrank.linalg.checks import Seed, check_matrix, gaussian, working
+from fullrank.linalg.checks import Seed, check_matrix, gaussian, range_scale, working
 
 # A Ritz pair is taken for a singular pair when the sine of its angle to one is at most this: its
 # value is then off by about the square.
@@ -88,6 +88,8 @@ def sampled_spectrum(
             f"probes={probes}, steps={steps}, block={block}; expected at least 3, 2 and 1"
         )
     A = working(matrix)
+    scale = range_scale(A)
+    A = A if scale == 1.0 else A / scale
     S = A if A.shape[0] <= A.shape[1] else A.T
     d = S.shape[0]
     U, leading = _leading(S, min(block, d), generator)
@@ -95,7 +97,7 @@ def sampled_spectrum(
     rest = max(energy - float(leading.square().sum()), 0.0)
     bulk = d - len(leading)
     if bulk == 0 or rest <= 1e-14 * energy:
-        values = torch.cat([leading, leading.new_zeros(bulk)])
+        values = torch.cat([leading, leading.new_zeros(bulk)]) * scale
         return SampledSpectrum(values, values.expand(probes, -1).clone(), values, len(leading))
     T = _lanczos(S, U, probes, min(steps, bulk), generator)
 
@@ -103,7 +105,7 @@ def sampled_spectrum(
         nodes, weights = _quadrature(T)
         tail = _quantiles(nodes, weights, len(leading), bulk)
         tail = tail * math.sqrt(rest / float(tail.square().sum()))
-        return torch.cat([leading, tail]).sort(descending=True).values
+        return torch.cat([leading, tail]).sort(descending=True).values * scale
 
     others = [torch.cat([T[:i], T[i + 1 :]]) for i in range(probes)]
     half = max(T.shape[1] // 2, 1)
