@@ -282,6 +282,9 @@ def test_a_damaged_checkpoint_is_told(texts, tmp_path, monkeypatch):
         (["optimizer.per_layer=true"], "loop.clip"),
         (["nonsense"], "section.key=value"),
         (["data.context.x=1"], "not a section"),
+        (["loop.steps=[1"], r"loop.steps=\[1' cannot be read"),
+        (["data.source=2024-13-45"], "cannot be read"),
+        (["optimizer.lr=.inf"], "optimizer.lr"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):
@@ -300,6 +303,8 @@ def test_settings_that_make_no_sense(changes, message):
         ("mkor", {"optimizer": {"options": {"grad_scale": 0.5}}}, "grad_scale"),
         ("adamw", {"data": {"context": 64}}, "takes 32 tokens"),
         ("adamw", {"data": {"source": "nowhere"}}, "no texts at"),
+        ("adamw", {"loop": {"device": "gpu"}}, "no device 'gpu'"),
+        ("adamw", {"loop": {"device": "cuda:99"}}, "no device 'cuda:99'"),
         ("adamw", {"model": {"config": {"model_type": "nothing"}}}, "no causal language model"),
         ("adamw", {"model": {"config": None, "name": "nowhere"}}, "nowhere"),
     ],
@@ -325,6 +330,11 @@ def test_files_of_settings(tmp_path):
     assert LMTraining.read(yaml, ["optimizer.lr=1e-3", "loop.clip=null"]).optimizer.lr == 1e-3
     with pytest.raises(InputError, match="no file"):
         LMTraining.read(tmp_path / "absent.yaml")
+    dated = LMTraining.read(yaml, ["data.source=2024-01-02", "data.tokenizer=nan"]).data
+    assert (dated.source, dated.tokenizer) == ("2024-01-02", "nan")
+    yaml.write_bytes(b"model: {name: \xff}")
+    with pytest.raises(InputError, match="cannot be read"):
+        LMTraining.read(yaml)
     yaml.write_text("model: [")
     with pytest.raises(InputError, match="cannot be read"):
         LMTraining.read(yaml)

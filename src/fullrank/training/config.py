@@ -149,13 +149,13 @@ class EncoderTraining:
             value = getattr(self, name)
             if value is None and name in ("lr", "seconds"):
                 continue
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if not (_is_finite(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; it is a positive number")
-        if not 0 <= self.warmup < 1:
+        if not (_is_finite(self.warmup) and 0 <= self.warmup < 1):
             raise InputError(f"warmup is {self.warmup!r}; it is a share in [0, 1)")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay is {self.weight_decay!r}; it is not negative")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
+        if not (_is_finite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay is {self.weight_decay!r}; it is a number from 0 on")
+        if self.dropout is not None and not (_is_finite(self.dropout) and 0 <= self.dropout < 1):
             raise InputError(f"dropout is {self.dropout!r}; it is a share in [0, 1), or None")
 
     @property
@@ -187,3 +187,8 @@ _WHOLE = {
     "dev_tokens": 3,
     "seed": 0,
 }
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)

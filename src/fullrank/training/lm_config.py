@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 import warnings
@@ -19,7 +20,7 @@ Precision = Literal["auto", "bfloat16", "float32"]
 class Section(BaseModel):
     """Keys of a run that belong together; one that is not known is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -148,8 +149,8 @@ class RunSettings(Section):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"there is no file {path}; expected a YAML or TOML file")
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8-sig")
             values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
         except Exception as error:
             raise InputError(f"{path} cannot be read: {error}") from error
@@ -161,12 +162,14 @@ class RunSettings(Section):
     @classmethod
     def of(cls, values: dict[str, Any], changes: Sequence[str] = ()) -> Self:
         """Build a run from nested values, and changes to them."""
-        values = json.loads(json.dumps(values))
+        values = copy.deepcopy(values)
         before = _optimizer(values).get("name")
         for change in changes:
             _change(values, change)
         if before is not None and _optimizer(values).get("name") != before:
             _leave_foreign(values["optimizer"], before, {c.partition("=")[0] for c in changes})
+        # YAML and TOML have dates, where a name is meant.
+        values = json.loads(json.dumps(values, default=str))
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -258,13 +261,16 @@ def _change(values: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"{change!r}: {section} is a value, not a section")
         values = inner
-    values[key] = _yaml_scalar(text)
+    try:
+        values[key] = _yaml_scalar(text)
+    except Exception as error:
+        raise InputError(f"{change!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _yaml_scalar(text: str) -> Any:
     value = _yaml(text)
-    # YAML 1.1 takes 1e-3 for a string.
-    if isinstance(value, str):
+    # YAML 1.1 takes 1e-3 for a string; float() takes words such as nan for numbers.
+    if isinstance(value, str) and any(map(str.isdigit, value)):
         try:
             return float(value)
         except ValueError:

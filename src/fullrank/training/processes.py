@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
+from fullrank.core.errors import InputError
+
 
 class Processes:
     """Those that train one model together; just this one without a launcher.
@@ -38,7 +40,7 @@ class Processes:
 
     def device(self, wanted: str | None = None) -> torch.device:
         """Return where this process computes: its own GPU, where the GPU is asked for or found."""
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = checked_device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and self.count > 1:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return device
@@ -78,6 +80,32 @@ class Processes:
             yield self.main
         finally:
             self.wait()
+
+
+def checked_device(name: str) -> torch.device:
+    """Return the device of a name, where this machine has it.
+
+    Raises
+    ------
+    InputError
+        When there is no device of that name.
+
+    Examples
+    --------
+    >>> checked_device("gpu")
+    Traceback (most recent call last):
+        ...
+    fullrank.core.errors.InputError: there is no device 'gpu' ...
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"there is no device {name!r} on this machine; give cpu, cuda where there is a GPU, "
+            "or none"
+        ) from error
+    return device
 
 
 def _leave() -> None:
