@@ -177,6 +177,18 @@ def test_goes_on_bit_for_bit(tiny_folder, toy, tmp_path, optimizer, action, erro
     assert rest.memory == whole.memory
 
 
+def test_a_fresh_run_that_was_interrupted_goes_on(tiny_folder, toy, tmp_path):
+    config = dataclasses.replace(STEPS, max_steps=4, evaluations=4)
+    arguments = {"out": tmp_path, "progress": False}
+    train_encoder(str(tiny_folder), toy, config, dev_metric=Watched(), **arguments)
+    stopped = Watched(at=2, action=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_encoder(str(tiny_folder), toy, config, dev_metric=stopped, resume=False, **arguments)
+    rest = Watched()
+    train_encoder(str(tiny_folder), toy, config, dev_metric=rest, **arguments)
+    assert rest.calls > 0  # the run before it is not taken for this one
+
+
 def test_ctrl_c_at_the_last_step_finishes_first(tiny_folder, toy, tmp_path):
     config = dataclasses.replace(STEPS, max_steps=4, evaluations=4)
     arguments = {"out": tmp_path / "out", "progress": False}
@@ -338,6 +350,8 @@ def test_bad_input(tiny, toy, tmp_path):
         train_encoder(tiny, toy, STEPS, out=tmp_path)
     with pytest.raises(InputError, match="the model is a int"):
         train_encoder(3, toy, STEPS)
+    with pytest.raises(InputError, match="no device 'gpu'"):
+        train_encoder(tiny, toy, dataclasses.replace(STEPS, device="gpu"))
     with pytest.raises(InputError, match="no model"):
         train_encoder("./nowhere", toy, STEPS)
     with pytest.raises(InputError, match="no part 'dev'"):

@@ -7,35 +7,23 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_sentence_transformer
-from fullrank.training.checkpoints import CHECKPOINTS, weights_digest
+from fullrank.training.checkpoints import weights_digest
 from fullrank.training.config import EncoderTraining
 from fullrank.training.dev import DevSet, training_parts
-from fullrank.training.fit import Pace, Parts, fit
+from fullrank.training.fit import Pace, Parts, carried_out, fit
 from fullrank.training.history import TrainingHistory
 from fullrank.training.optimizers import build_optimizer
 from fullrank.training.pairs import TrainingPairs, make_pairs
-from fullrank.training.processes import Processes
-from fullrank.training.quiet import (
-    own_randomness,
-    precision_of,
-    quiet_libraries,
-    training_form,
-)
+from fullrank.training.processes import Processes, checked_device
+from fullrank.training.quiet import precision_of, training_form
 from fullrank.training.ranking_loss import MaskedRankingLoss
-from fullrank.training.results import (
-    RESULT,
-    TrainedEncoder,
-    checked_folder,
-    load_result,
-    save_result,
-)
+from fullrank.training.results import TrainedEncoder, load_result, save_result
 
 if TYPE_CHECKING:
     from fullrank.datasets import Dataset
@@ -112,66 +100,82 @@ def train_encoder(
     """
     for library in ("sentence_transformers", "datasets", "accelerate"):
         require(library, extra="hf")
-    from fullrank.retrieval import Encoder
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "train_encoder works in one process; start it without torchrun or accelerate launch"
         )
     settings = config or EncoderTraining()
-    folder = None if out is None else checked_folder(Path(out))
-    with quiet_libraries(), own_randomness():
-        network = _load(model, settings)
-        train, dev = training_parts(dataset, settings.seed, needs_dev=dev_metric is None)
-        identity = _identity(network, train, dev, settings, dev_metric)
-        if folder is not None and not resume:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        if folder is not None and resume and (folder / RESULT).is_file():
-            return load_result(folder, identity, settings)
-        pairs = make_pairs(
-            train,
-            hard_negatives=settings.hard_negatives,
-            max_pairs=settings.max_pairs,
-            seed=settings.seed,
-            progress=progress,
-        )
-        measured = DevSet(dev, dataset.corpus, settings, Encoder(network).max_tokens, dev_metric)
-        training = _Training(network, pairs, measured, settings, identity, folder)
-        trained = training.run(progress, ranks_every)
-        if folder is not None:
-            save_result(trained, folder, identity)
-    if training.interrupted:
-        raise KeyboardInterrupt
+    trained: TrainedEncoder = carried_out(
+        lambda folder, processes: _Training(
+            model, dataset, settings, dev_metric, folder, processes, ranks_every
+        ),
+        out,
+        progress=progress,
+        resume=resume,
+    )
     return trained
 
 
 class _Training:
     """One run of the loop."""
 
+    pairs: TrainingPairs
+    dev: DevSet
+
     def __init__(
         self,
         model: Any,
-        pairs: TrainingPairs,
-        dev: DevSet,
+        dataset: Dataset,
         config: EncoderTraining,
-        identity: dict[str, Any],
+        dev_metric: Callable[[Any], float] | None,
         folder: Path | None,
+        processes: Processes,
+        ranks_every: int,
     ) -> None:
-        self.model = model
-        self.pairs = pairs
-        self.dev = dev
-        self.config = config
-        self.identity = identity
-        self.folder = folder
+        self.model = _load(model, config)
+        self.config, self.folder, self.processes = config, folder, processes
+        self.corpus, self.dev_metric = dataset.corpus, dev_metric
+        self.ranks_every = ranks_every
+        self.parts = training_parts(dataset, config.seed, needs_dev=dev_metric is None)
+        self.identity = _identity(self.model, *self.parts, config, dev_metric)
         self.interrupted = False
-        batch = min(config.batch_size, len(pairs))
-        self.drop_last = len(pairs) >= 2 * batch
-        per_epoch = len(pairs) // batch if self.drop_last else math.ceil(len(pairs) / batch)
-        self.steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
 
-    def run(self, progress: bool, ranks_every: int) -> TrainedEncoder:
+    @property
+    def drop_last(self) -> bool:
+        """Whether an epoch leaves out the pairs that fill no batch."""
+        return len(self.pairs) >= 2 * self.config.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+        config, pairs = self.config, len(self.pairs)
+        batch = min(config.batch_size, pairs)
+        per_epoch = pairs // batch if self.drop_last else math.ceil(pairs / batch)
+        return config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
+
+    def finished(self, folder: Path) -> TrainedEncoder:
+        """Load the run that was finished in a folder, if it is this one."""
+        return load_result(folder, self.identity, self.config)
+
+    def save(self, trained: TrainedEncoder, folder: Path) -> None:
+        """Put the model and its history in place."""
+        save_result(trained, folder, self.identity)
+
+    def run(self, progress: bool) -> TrainedEncoder:
         """Train, keep the best weights, count memory."""
+        from fullrank.retrieval import Encoder
+
         config, model = self.config, self.model
+        train, dev = self.parts
+        self.pairs = make_pairs(
+            train,
+            hard_negatives=config.hard_negatives,
+            max_pairs=config.max_pairs,
+            seed=config.seed,
+            progress=progress,
+        )
+        limit = Encoder(model).max_tokens
+        self.dev = DevSet(dev, self.corpus, config, limit, self.dev_metric)
         form = training_form(
             model,
             freeze_embeddings=config.freeze_embeddings,
@@ -184,10 +188,10 @@ class _Training:
                 Pace.of(config, steps=self.steps),
                 identity=self.identity,
                 folder=self.folder,
-                processes=Processes(),
+                processes=self.processes,
                 device=model.device,
                 progress=progress,
-                ranks_every=ranks_every,
+                ranks_every=self.ranks_every,
             )
         self.interrupted = fitted.interrupted
         model.eval()
@@ -281,6 +285,8 @@ class _Training:
 def _load(model: Any, config: EncoderTraining) -> Any:
     """Return a model of our own, in float32, on the device to train on."""
     library = require("sentence_transformers", extra="hf")
+    if config.device is not None:
+        checked_device(config.device)
     if isinstance(model, library.SentenceTransformer):
         own = copy.deepcopy(model)
         own = own.to(config.device) if config.device is not None else own
