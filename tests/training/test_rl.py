@@ -1,6 +1,7 @@
 """`train_rl`: problems, rewards by name, runs that go on and end; bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from fullrank.core import InputError
+from fullrank.core import InputError, StoreError
 from fullrank.spectra import read_run
 from fullrank.training.lm_data import byte_tokenizer, load_lm
 from fullrank.training.rl import train_rl
@@ -113,6 +114,29 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_start_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def fail(self, folder, **_):
+        (Path(folder) / "config.json").write_text("{}")
+        raise OSError("no space left")
+
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        train_rl(run(), tmp_path / "cut")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    # What a trainer was writing is no checkpoint either.
+    (tmp_path / "cut" / "checkpoint-1").mkdir()
+    assert len(train_rl(run(), tmp_path / "cut").rewards) == 2
+
+
+def test_a_damaged_mark_is_told(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(StoreError, match=r"run\.json is damaged"):
+        train_rl(run(), tmp_path)
+
+
 def test_warming_up_teaches(tmp_path):
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
@@ -192,8 +216,13 @@ def test_settings_that_do_not_fit(change, says):
 
 
 def test_options_of_the_trainer_are_checked(tmp_path):
-    with pytest.raises(InputError, match="max_steps are set by"):
-        RLRun.of({"model": {"name": "m"}, "trainer": {"options": {"max_steps": 2}}})
+    for taken in ("max_steps", "save_steps", "save_total_limit"):
+        with pytest.raises(InputError, match=f"{taken} are set by"):
+            RLRun.of({"model": {"name": "m"}, "trainer": {"options": {taken: 2}}})
+    values = run().as_dict()
+    values["trainer"]["options"]["num_generations"] = 3
+    with pytest.raises(InputError, match=r"trainer\.options: .*num_generations"):
+        train_rl(RLRun.of(values), tmp_path / "uneven")
     wrong = RLRun.of(
         {"model": {"config": TINY}, "trainer": {"method": "grpo", "options": {"rank_stride": 2}}}
     )

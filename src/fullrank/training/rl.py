@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +141,7 @@ def _claim(folder: Path, config: RLRun) -> None:
     """Mark a new folder as this run's, or see that it is."""
     mark = folder / "run.json"
     if mark.is_file():
-        if json.loads(mark.read_text(encoding="utf-8")) != config.as_dict():
+        if _read(mark) != config.as_dict():
             raise InputError(f"{folder} holds a run with other settings; give a new folder")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -148,19 +150,26 @@ def _claim(folder: Path, config: RLRun) -> None:
 
 
 def _finished(folder: Path, config: RLRun) -> TrainedPolicy:
+    values = _read(folder / RESULT)
     try:
-        values = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         before, after = Solved(**values["before"]), Solved(**values["after"])
         return TrainedPolicy(before, after, values["rewards"], config, folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise StoreError(f"{folder / RESULT} is damaged ({error}); give a new folder") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}); give a new folder") from error
 
 
 def _policy(config: RLRun, folder: Path, problems: Problems) -> tuple[Any, Any]:
     """The model to start from and its tokenizer; a new one is taught once and kept."""
     section, device = config.model, config.loop.device
     start = folder / _START
-    if section.config is not None and not (start / "config.json").is_file():
+    if section.config is not None and not start.is_dir():
         tokenizer = _padded(byte_tokenizer())
         torch.manual_seed(config.loop.seed)
         made = load_lm(None, section.config, tokenizer, "float32").to(device or _default_device())
@@ -172,8 +181,11 @@ def _policy(config: RLRun, folder: Path, problems: Problems) -> tuple[Any, Any]:
             lr=section.warmup_lr,
             seed=config.loop.seed,
         )
-        tokenizer.save_pretrained(str(start))
-        made.save_pretrained(str(start))
+        staging = folder / f".{_START}"
+        shutil.rmtree(staging, ignore_errors=True)
+        tokenizer.save_pretrained(str(staging))
+        made.save_pretrained(str(staging))
+        staging.rename(start)
     source = section.name or str(start)
     transformers = require("transformers", extra="hf")
     model = load_model(source, transformers.AutoModelForCausalLM.from_pretrained)
@@ -215,17 +227,20 @@ def _arguments(config: RLRun, folder: Path) -> Any:
             f"trainer.options {', '.join(unknown)}: {kind.__name__} has no such setting"
         )
     device = config.loop.device or _default_device()
-    return kind(
-        output_dir=str(folder),
-        max_steps=config.loop.steps,
-        seed=config.loop.seed,
-        use_cpu=device == "cpu",
-        save_strategy="steps",
-        save_steps=config.loop.save_every,
-        save_total_limit=1,
-        report_to="none",
-        **{**_OPTIONS, **config.trainer.options},
-    )
+    try:
+        return kind(
+            output_dir=str(folder),
+            max_steps=config.loop.steps,
+            seed=config.loop.seed,
+            use_cpu=device == "cpu",
+            save_strategy="steps",
+            save_steps=config.loop.save_every,
+            save_total_limit=1,
+            report_to="none",
+            **{**_OPTIONS, **config.trainer.options},
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"trainer.options: {error}") from error
 
 
 def _trainer(
@@ -256,5 +271,7 @@ def _trainer(
 
 
 def _newest(folder: Path) -> str | None:
-    found = {int(p.name.partition("-")[2]): p for p in folder.glob("checkpoint-*")}
-    return str(found[max(found)]) if found else None
+    """The whole checkpoint of most steps: its state is what the trainer writes last."""
+    names = [p.parent.name for p in folder.glob("checkpoint-*/trainer_state.json")]
+    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
+    return str(folder / f"checkpoint-{max(steps)}") if steps else None

@@ -14,7 +14,18 @@ ARITHMETIC = "arithmetic"
 """Name of the built-in problems, and of the built-in reward."""
 
 # What the run says itself, in other sections.
-_TAKEN = frozenset({"output_dir", "max_steps", "seed", "use_cpu", "report_to", "save_strategy"})
+_TAKEN = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "seed",
+        "use_cpu",
+        "report_to",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+    }
+)
 
 
 class PolicySection(Section):

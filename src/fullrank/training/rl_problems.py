@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fullrank.core.errors import InputError
+from fullrank.datasets.jsonl import read_objects
 from fullrank.training.rl_config import ARITHMETIC, ProblemSection
 
 Row = dict[str, Any]
@@ -77,14 +77,9 @@ def _read(path: Path) -> list[Row]:
     if not path.is_file():
         raise InputError(f"there is no file {path}; expected JSONL with prompt, or 'arithmetic'")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            row["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: expected an object with prompt") from error
+    for number, row in read_objects(path):
+        if "prompt" not in row:
+            raise InputError(f"{path}, line {number}: expected an object with prompt")
         rows.append(row)
     return rows
 
