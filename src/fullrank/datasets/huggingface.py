@@ -143,7 +143,7 @@ def _rows(name: str, table: Any, columns: tuple[str | None, str, str], limit: in
     total = len(table) if limit is None else min(limit, len(table))
     with progress("read documents", total, unit="docs") as advance:
         for number, row in enumerate(table):
-            if number == total:
+            if number >= total:
                 break
             rest = {k: v for k, v in row.items() if k not in (key, text_column, title_column)}
             identifier = str(number) if key is None else row[key]

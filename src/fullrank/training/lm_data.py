@@ -107,7 +107,8 @@ class Blocks(Dataset[dict[str, Tensor]]):
         self.ids, self.length = ids, length
         fresh = length - 1
         whole = (len(ids) - 1) // fresh
-        self._count = math.ceil((len(ids) - 1) / fresh) if rest else whole
+        count = math.ceil((len(ids) - 1) / fresh) if rest else whole
+        self._count = max(count, 0)
 
     def __len__(self) -> int:
         return self._count
