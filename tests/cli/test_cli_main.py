@@ -133,6 +133,12 @@ def test_debug_keeps_the_traceback(monkeypatch):
         cli.main()
 
 
+def test_debug_may_be_switched_off_in_the_environment(monkeypatch, fullrank):
+    monkeypatch.setenv("FULLRANK_DEBUG", "0")
+    monkeypatch.setattr("fullrank.catalogue.METHODS", _Failing(InputError("bad")))
+    assert fullrank("methods").code == 2
+
+
 def test_unknown_options_and_commands_exit_with_2(fullrank):
     assert fullrank("nonsense").code == 2
     assert fullrank("methods", "--nonsense").code == 2

@@ -19,6 +19,8 @@ from fullrank._version import __version__
 from fullrank.cli import adapters, bench, demo, methods, order, see, serve, shrink, train
 from fullrank.core.errors import FullrankError
 
+# What leaves FULLRANK_DEBUG off, as for any switch of the command line.
+_OFF = ("", "0", "false", "f", "no", "n", "off")
 # What a shell reports for a command that Ctrl-C ended.
 _INTERRUPTED = 130
 
@@ -85,7 +87,7 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line: errors that a user can act on become one line and exit code 2."""
-    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("FULLRANK_DEBUG"))
+    debug = "--debug" in sys.argv[1:] or (os.environ.get("FULLRANK_DEBUG", "").lower() not in _OFF)
     # Accepted anywhere on the line, not just before the command.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
