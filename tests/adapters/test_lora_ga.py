@@ -250,10 +250,10 @@ class Shared(Net):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": []}, "empty"),
+        ({"dataloader": []}, "empty"),
         (
             {
-                "data": [
+                "dataloader": [
                     {
                         "x": torch.full((2, 12), float("nan")).double(),
                         "labels": torch.ones(2, 10).double(),
@@ -262,10 +262,10 @@ class Shared(Net):
             },
             "loss of batch 1 is nan",
         ),
-        ({"data": [{"x": batches()[0]["x"]}]}, "no loss"),
+        ({"dataloader": [{"x": batches()[0]["x"]}]}, "no loss"),
         (
             {
-                "data": [
+                "dataloader": [
                     {"x": torch.ones(6, 12).double(), "labels": torch.ones(6, 10).double()},
                 ]
             },
@@ -283,7 +283,7 @@ class Shared(Net):
 def test_bad_input_leaves_the_model_as_it_was(change, message):
     values = {
         "model": net(),
-        "data": batches(),
+        "dataloader": batches(),
         "config": config(),
         "progress": False,
         **change,

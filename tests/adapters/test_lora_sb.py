@@ -302,20 +302,20 @@ NAN = [(torch.full((8, 9), float("nan")), torch.randn(8, 7))]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": []}, "has 0 samples, fewer than n_samples=8"),
+        ({"dataloader": []}, "has 0 samples, fewer than n_samples=8"),
         ({"n_samples": 50}, "has 8 samples, fewer than n_samples=50"),
         ({"n_samples": 0}, "n_samples=0"),
         ({"lr": 0.0}, "lr=0.0"),
-        ({"data": NAN}, "loss of batch 1 is nan"),
+        ({"dataloader": NAN}, "loss of batch 1 is nan"),
         ({"adapter": "other"}, "no LoRA-SB adapter 'other'"),
-        ({"data": [(torch.zeros(8, 9), DATA[0][1])]}, "gradient of 0 is zero"),
+        ({"dataloader": [(torch.zeros(8, 9), DATA[0][1])]}, "gradient of 0 is zero"),
         ({"loss_fn": lambda model, batch: model(batch[0]).sum() * 0}, "gradient of 0 is zero"),
     ],
 )
 def test_bad_input_leaves_the_adapter_as_it_was(options, message):
     model = put_on(nn.Sequential(nn.Linear(9, 7)), 4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    arguments = {"data": DATA, "lr": 0.1, "n_samples": 8, "loss_fn": mean_loss, **options}
+    arguments = {"dataloader": DATA, "lr": 0.1, "n_samples": 8, "loss_fn": mean_loss, **options}
     with pytest.raises(InputError, match=message):
         lora_sb.initialize(model, progress=False, **arguments)
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
@@ -375,6 +375,15 @@ def test_a_quantised_base_takes_factors_but_gives_none():
     assert not torch.allclose(model(x), model.get_base_model()[0].base_layer(x))
     with pytest.raises(InputError, match="quantised"):
         model.merge_adapter()
+
+
+def test_running_means_are_not_those_of_the_calibration():
+    base = nn.Sequential(nn.Linear(9, 7), nn.BatchNorm1d(7)).eval()
+    before = {name: b.clone() for name, b in base[1].named_buffers()}
+    model = put_on(base, 4)
+    lora_sb.initialize(model, DATA, 0.1, 8, loss_fn=mean_loss, progress=False)
+    assert all(torch.equal(b, before[name]) for name, b in base[1].named_buffers())
+    assert not base[1].training
 
 
 def test_adapt_needs_the_first_steps_rate():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -133,15 +134,11 @@ def fold_gradients(
     InputError
         When there is no batch, the loss is not finite, or a weight gets no gradient.
     """
-    reached: set[str] = set()
     seen = 0
-    with ExitStack() as stack:
-        stack.enter_context(_only(model, weights.values()))
-        for name, weight in weights.items():
-            hook = weight.register_post_accumulate_grad_hook(_folder(name, into[name], reached))  # type: ignore[no-untyped-call]
-            stack.callback(hook.remove)
-        stack.enter_context(torch.enable_grad())
-        advance = stack.enter_context(progress_bar("gradients", batches, progress, "batches"))
+    with (
+        _folding(model, weights, into),
+        progress_bar("gradients", batches, progress, "batches") as advance,
+    ):
         for batch in data:
             loss = loss_fn(model, moved(batch, device_of(model)))
             if not torch.isfinite(loss):
@@ -158,26 +155,105 @@ def fold_gradients(
             advance(1)
             if seen == batches:
                 break
-    if not seen:
-        raise InputError("the data loader is empty; at least one batch is needed")
-    missing = [name for name in weights if name not in reached]
+        if not seen:
+            raise InputError("the data loader is empty; at least one batch is needed")
+    return seen
+
+
+def fold_step(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    into: Mapping[str, Folds],
+    step: Callable[[], Any],
+) -> int:
+    """Fold the gradients of weights as :func:`fold_gradients`, from one's own backward passes.
+
+    Parameters
+    ----------
+    model, weights, into
+        As there.
+    step
+        Runs the model on batches and calls ``backward()`` on their losses, once each.
+
+    Returns
+    -------
+    int
+        How many backward passes there were.
+
+    Raises
+    ------
+    InputError
+        When there was none, or a weight got no gradient.
+    """
+    with _folding(model, weights, into) as passes:
+        step()
+        if not passes:
+            raise InputError(
+                "the step made no backward pass that reaches a weight to adapt; it is to run the "
+                "model and to call backward() on the loss"
+            )
+    return max(passes.values())
+
+
+@contextmanager
+def _folding(
+    model: nn.Module, weights: Mapping[str, Tensor], into: Mapping[str, Folds]
+) -> Iterator[Counter[str]]:
+    """Fold what backward passes bring; yield how often each weight got a gradient."""
+    passes: Counter[str] = Counter()
+    names: dict[int, list[str]] = {}
+    for name, weight in weights.items():
+        names.setdefault(id(weight), []).append(name)  # layers may share one
+    with ExitStack() as stack:
+        stack.enter_context(_only(model, weights.values()))
+        for shared_by in names.values():
+            weight = weights[shared_by[0]]
+            fold = _folder(shared_by, into, passes)
+            hook = weight.register_post_accumulate_grad_hook(fold)  # type: ignore[no-untyped-call]
+            stack.callback(hook.remove)
+        stack.enter_context(torch.enable_grad())
+        yield passes
+    missing = [name for name in weights if not passes[name]]
     if missing:
         raise InputError(
             f"{canonical_name(missing[0])} got no gradient: the loss does not depend on it; leave "
             "it out of target_modules"
         )
-    return seen
 
 
-def _folder(name: str, into: Folds, reached: set[str]) -> Callable[[Tensor], None]:
+def _folder(
+    names: Sequence[str], into: Mapping[str, Folds], passes: Counter[str]
+) -> Callable[[Tensor], None]:
     def fold(weight: Tensor) -> None:
         gradient = weight.grad
         assert gradient is not None
-        into.add(gradient)
-        reached.add(name)
+        for name in names:
+            into[name].add(gradient)
+        passes.update(names)
         weight.grad = None
 
     return fold
+
+
+@contextmanager
+def calibrating(model: nn.Module, seed: int) -> Iterator[None]:
+    """Training mode, as gradients are meant, with dropout that depends on the seed alone.
+
+    Modes, buffers (running means of normalisation) and randomness are as before afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model.train()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 def check_size(name: str, size: float) -> None:

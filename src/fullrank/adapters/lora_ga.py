@@ -7,8 +7,10 @@ adapter stays PEFT's LoRA.
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,7 +20,14 @@ from torch import Tensor, nn
 
 from fullrank.adapters.bases import is_factorised
 from fullrank.adapters.gradient_sketch import GradientSketch, sketches
-from fullrank.adapters.gradients import GradientSum, check_size, fold_gradients, loss_of
+from fullrank.adapters.gradients import (
+    GradientSum,
+    calibrating,
+    check_size,
+    fold_gradients,
+    fold_step,
+    loss_of,
+)
 from fullrank.adapters.layer_inputs import keep_dtype, lora_layers
 from fullrank.adapters.lora_ga_model import Mode, install, oriented, saves_for_the_base
 from fullrank.adapters.lora_ga_start import (
@@ -36,6 +45,14 @@ Estimate = Literal["auto", "exact", "sketch"]
 
 # Whole gradients that take more are sketched by default.
 _MOST_BYTES = 2**30
+# What a start and its files do not hold: anything but factors of linear layers.
+_BESIDE = {
+    "bias": "none",
+    "lora_bias": False,
+    "use_dora": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class LoraGAReport:
     captured
         Layer -> share of the gradient's norm that the first step follows.
     batches
-        Batches that the gradient is the mean of, at most.
+        Batches that the gradient is the mean of.
     parameters
         Layer -> trained numbers.
     seconds
@@ -78,7 +95,7 @@ class LoraGAReport:
 
 def initialize(
     model: nn.Module,
-    data: Iterable[Any],
+    dataloader: Iterable[Any] | Callable[[], Any],
     config: Any,
     *,
     direction: Direction = "ArB2r",
@@ -99,15 +116,18 @@ def initialize(
     model
         The base model. With ``mode="residual"`` weights of the target layers change: what the
         adapter adds at the start is taken out, so that the output stays.
-    data
-        Batches with labels, or whatever ``loss_fn`` takes.
+    dataloader
+        Batches with labels, or whatever ``loss_fn`` takes. Or, as PEFT's ``train_step``, a function
+        that runs ``model`` on batches of its own and calls ``backward()`` on their losses; it is
+        called once, and ``n_batches``, ``loss_fn`` and ``progress`` are not looked at.
     config
-        A ``LoraConfig``; ``use_rslora=True`` is the paper's. Its ``init_lora_weights`` is not
-        looked at. Ranks above half a layer's shorter side are lowered to it, with a warning.
+        A ``LoraConfig`` of linear layers; ``use_rslora=True`` is the paper's. Its
+        ``init_lora_weights`` is not looked at. Ranks above half a layer's shorter side are lowered
+        to it, with a warning.
     direction, scale, gamma
         See :func:`~fullrank.adapters.lora_ga_start.start_from_gradient`.
     n_batches
-        Batches of the gradient estimate: 8.
+        Batches of the gradient estimate: 8, run in training mode.
     loss_fn
         ``(model, batch) -> loss``.
     grad_dtype
@@ -124,7 +144,8 @@ def initialize(
         (97 % of what the best ones capture on all-MiniLM-L6-v2, rank 8). ``"auto"`` (default): a
         sketch where the sums would take more than 1 GiB.
     seed
-        Of the sketch of large matrices and of ``direction="random"``.
+        Of dropout while gradients are taken, of the sketch of large matrices and of
+        ``direction="random"``.
     progress
         Show a bar.
 
@@ -139,8 +160,10 @@ def initialize(
     Raises
     ------
     InputError
-        On quantised layers, a loss that is not finite, an empty loader, a layer without a
-        gradient, options that are none of those above. The model is then as it was.
+        On layers that are quantised or not linear, a loss that is not finite, an empty loader, a
+        layer without a gradient, options that are none of those above or that are for more than
+        factors of linear layers (``use_dora``, ``bias``), and, with ``mode="residual"``, a weight
+        that another module has too. The model is then as it was.
 
     Examples
     --------
@@ -159,21 +182,34 @@ def initialize(
             raise InputError(f"{name}={value!r}; it is one of {', '.join(known)}")
     if n_batches < 1 or gamma <= 0:
         raise InputError(f"n_batches={n_batches}, gamma={gamma}; both are positive")
-    config = peft.LoraConfig(**{**config.to_dict(), "init_lora_weights": True})
-    config.peft_type = peft.PeftType.LORA
+    for name, plain in _BESIDE.items():
+        if getattr(config, name, None) not in (plain, None):
+            raise InputError(
+                f"{name}={getattr(config, name)!r}: LoRA-GA starts and saves factors of linear "
+                "layers, and nothing beside them; leave it out"
+            )
+    config = copy.copy(config)
+    config.init_lora_weights = True
     asked = [(p, p.requires_grad) for p in model.parameters()]
     wrapped = peft.get_peft_model(model, config)
     adapter = "default"
     try:
         layers = lora_layers(wrapped, adapter)
+        _check_layers(wrapped, layers)
         weights = {name: _weight(name, layer) for name, layer in layers.items()}
+        if mode == "residual":
+            _check_alone(wrapped, weights)
         for name, layer in layers.items():
-            _lower_rank(name, layer)
+            _lower_rank(name, layer, config)
         folds = _folds(layers, weights, estimate, grad_dtype, seed)
-        with wrapped.disable_adapter():
-            seen = fold_gradients(
-                wrapped, weights, folds, data, n_batches, loss_fn=loss_fn, progress=progress
-            )
+        with wrapped.disable_adapter(), calibrating(wrapped, seed):
+            if callable(dataloader):
+                seen = fold_step(wrapped, weights, folds, dataloader)
+            else:
+                seen = fold_gradients(
+                    wrapped, weights, folds, dataloader, n_batches, loss_fn=loss_fn,
+                    progress=progress,
+                )  # fmt: skip
         starts, seconds = {}, {}
         options = {"direction": direction, "scale": scale, "gamma": gamma, "generator": seed}
         for name, layer in layers.items():
@@ -187,11 +223,34 @@ def initialize(
         raise
     for name, layer in layers.items():
         install(layer, starts[name], adapter, mode)
-    wrapped.lora_ga = _report(layers, starts, n_batches, seconds)
+    wrapped.lora_ga = _report(layers, starts, seen, seconds)
     return saves_for_the_base(wrapped, adapter)
 
 
-def _lower_rank(name: str, layer: Any, adapter: str = "default") -> None:
+def _check_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raise where adapters are on layers that are not linear, which have no start."""
+    tuner_layer = require("peft.tuners.tuners_utils", extra="adapters").BaseTunerLayer
+    for name, module in model.named_modules():
+        if isinstance(module, tuner_layer) and name not in layers:
+            raise InputError(
+                f"{canonical_name(name)} is a {type(module.get_base_layer()).__name__}; LoRA-GA is "
+                "for linear layers (nn.Linear, Conv1D): leave it out of target_modules"
+            )
+
+
+def _check_alone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise on weights that cannot be changed by themselves."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, weight in weights.items():
+        if holders[id(weight)] > 1:
+            raise InputError(
+                f"{canonical_name(name)} shares its weight with another module, which taking the "
+                "start out of it would change too; use mode='subtract_init', or leave it out of "
+                "target_modules"
+            )
+
+
+def _lower_rank(name: str, layer: Any, config: Any, adapter: str = "default") -> None:
     """``A`` and ``B`` take different singular vectors: a layer has them for half its width."""
     out, width = oriented(layer, layer.get_base_layer().weight).shape
     most, rank = min(out, width) // 2, int(layer.r[adapter])
@@ -206,7 +265,7 @@ def _lower_rank(name: str, layer: Any, adapter: str = "default") -> None:
         stacklevel=3,
     )
     scaling, dtype = layer.scaling[adapter], layer.lora_A[adapter].weight.dtype
-    layer.update_layer(adapter, most, layer.lora_alpha[adapter], config=_of(layer))
+    layer.update_layer(adapter, most, layer.lora_alpha[adapter], config=config)
     layer.scaling[adapter] = scaling
     keep_dtype(layer, adapter, dtype)
 
@@ -282,8 +341,3 @@ def _weight(name: str, layer: Any) -> Tensor:
             "load the model without quantisation"
         )
     return weight
-
-
-def _of(layer: Any) -> Any:
-    peft = require("peft", extra="adapters")
-    return peft.LoraConfig(init_lora_weights=True, use_rslora=layer.use_rslora.get("default"))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from fullrank.adapters.layer_inputs import lora_layers
 from fullrank.adapters.lora_files import LowRank, trained_whole, update_of, write_lora
@@ -68,10 +69,20 @@ def oriented(layer: Any, matrix: Tensor) -> Tensor:
 
 def saves_for_the_base(model: Any, adapter: str) -> Any:
     """Let a PEFT model save what fits a fresh base, and load what a training goes on from."""
-    usual = model.load_adapter
+    usual = type(model)
 
-    def save_pretrained(self: Any, save_directory: str | Path, **options: Any) -> None:
-        if options.get("is_main_process", True):
+    def save_pretrained(
+        self: Any,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        asked = list(self.peft_config) if selected_adapters is None else selected_adapters
+        others = [name for name in asked if name != adapter]
+        if others:
+            usual.save_pretrained(self, str(save_directory), safe_serialization, others, **options)
+        if len(others) < len(asked) and options.get("is_main_process", True):
             _save(self, Path(save_directory), adapter)
 
     def load_adapter(
@@ -79,7 +90,7 @@ def saves_for_the_base(model: Any, adapter: str) -> Any:
     ) -> Any:
         training = Path(model_id) / TRAINING
         if adapter_name != adapter or not training.is_file():
-            return usual(model_id, adapter_name, *args, **options)
+            return usual.load_adapter(self, model_id, adapter_name, *args, **options)
         return _restore(self, Path(model_id), adapter)
 
     model.save_pretrained = types.MethodType(save_pretrained, model)
@@ -91,19 +102,20 @@ def _make_up(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | No
     """Forward hook: a layer whose weight was changed adds the start back with the adapter off; one
     that was not subtracts it with the adapter on.
     """
+    working = layer.merged_adapters if layer.merged else layer.active_adapters
+    on = layer.ga_adapter in working and not layer.disable_adapters
     if layer.ga_mode == "residual":
-        if not layer.disable_adapters:
+        if on:
             return None
         sign = 1.0
     else:
-        on = layer.ga_adapter in layer.active_adapters and not layer.merged
-        if layer.disable_adapters or not on:
+        if not on or layer.merged:
             return None
         sign = -1.0
-    x: Tensor = inputs[0]
-    A, B = layer.ga_start_A.to(x), layer.ga_start_B.to(x)
-    made_up: Tensor = output + sign * (x @ A.T @ B.T)
-    return made_up
+    # In the type that the layer multiplies in: what is taken away is then what was added.
+    A, B = layer.ga_start_A, layer.ga_start_B
+    made_up: Tensor = output + sign * linear(linear(inputs[0].to(A), A), B)
+    return made_up.to(output.dtype)
 
 
 def _delta_weight(layer: Any, adapter: str) -> Tensor:

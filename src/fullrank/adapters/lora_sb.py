@@ -8,15 +8,20 @@ can make between them. Importing this module makes the type known to PEFT.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fullrank.adapters.gradients import GradientSum, check_size, fold_gradients, loss_of
+from fullrank.adapters.gradients import (
+    GradientSum,
+    calibrating,
+    check_size,
+    fold_gradients,
+    loss_of,
+)
 from fullrank.adapters.lora_sb_layer import LoraSBModel as LoraSBModel
 from fullrank.adapters.lora_sb_start import Start, first_update, start_from_update
 from fullrank.adapters.registration import register_tuner
@@ -142,7 +147,7 @@ class LoraSBReport:
 
 def initialize(
     model: Any,
-    data: Iterable[Any],
+    dataloader: Iterable[Any],
     lr: float,
     n_samples: int = 50,
     *,
@@ -161,7 +166,7 @@ def initialize(
     ----------
     model
         A ``PeftModel`` with a :class:`LoraSBConfig` adapter.
-    data
+    dataloader
         Batches with labels, or whatever ``loss_fn`` takes, of the task to be learnt.
     lr
         Learning rate of the *first* optimizer step: the peak rate divided by the number of warm-up
@@ -187,8 +192,8 @@ def initialize(
     Raises
     ------
     InputError
-        When there is no such adapter, data has fewer samples, the loss is not finite, or a weight
-        gets no gradient. The adapter is then as it was.
+        When there is no such adapter, the loader has fewer samples, the loss is not finite, or a
+        weight gets no gradient. The adapter is then as it was.
 
     Examples
     --------
@@ -212,12 +217,12 @@ def initialize(
     layers = dict(model.base_model.adapted(adapter))
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     sums = {name: GradientSum(torch.float32, torch.device("cpu")) for name in layers}
-    batches = _samples(data, n_samples)
+    batches = _samples(dataloader, n_samples)
 
     def summed(net: nn.Module, batch: Any) -> Tensor:
         return (loss_fn or loss_of)(net, batch) * rows_in(batch)
 
-    with model.disable_adapter(), _training(model, seed):
+    with model.disable_adapter(), calibrating(model, seed):
         fold_gradients(
             model, weights, sums, batches, len(batches), loss_fn=summed, progress=progress
         )
@@ -250,20 +255,6 @@ def _samples(data: Iterable[Any], count: int) -> list[Any]:
         f"the data loader has {count - missing} samples, fewer than n_samples={count}; give more "
         "of them, or a smaller n_samples"
     )
-
-
-@contextmanager
-def _training(model: nn.Module, seed: int) -> Iterator[None]:
-    """Training mode, and dropout that depends on the seed alone."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            model.train()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 def _start(name: str, layer: Any, total: GradientSum, lr: float, seed: int, adapter: str) -> Start:
