@@ -299,3 +299,64 @@ def test_nan_inputs_name_the_layer():
     with pytest.raises(InputError, match="up_proj: a batch holds NaN"):
         eva.initialize(model, batches, progress=False)
     assert not model.base_model.model.up_proj._forward_hooks
+
+
+class Chain(nn.Module):
+    """Three layers of one width with different inputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 16)
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, ids, labels=None):
+        return self.c(self.b(self.a(self.embed(ids)).relu()).relu())
+
+
+def chain(**options):
+    settings = peft.EvaConfig(rho=1.0)
+    config = peft.LoraConfig(
+        **{"r": 2, "target_modules": ["a", "b", "c"], "eva_config": settings, **options},
+        init_lora_weights="eva",
+    )
+    return peft.get_peft_model(Chain(), config)
+
+
+def texts(count=4):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 50, (4, 12), generator=generator) for _ in range(count)]
+    return [{"ids": x, "labels": torch.zeros_like(x)} for x in ids]
+
+
+@pytest.mark.parametrize("method", ["gram", "ipca"])
+def test_a_first_batch_without_labels_tells_nothing_of_who_shares_inputs(method):
+    unlabelled = {"ids": texts()[0]["ids"], "labels": torch.full((4, 12), -100)}
+    reports = [
+        eva.initialize(chain(), batches, method=method, progress=False)
+        for batches in (texts(), [unlabelled, *texts()])
+    ]
+    first, second = (report.explained for report in reports)
+    assert first == pytest.approx(second)
+    assert len(set(first.values())) == 3
+
+
+def test_fewest_tokens():
+    with pytest.raises(InputError, match="a saw 192 tokens, fewer than min_tokens=193"):
+        eva.initialize(chain(), texts(), min_tokens=193, progress=False)
+    eva.initialize(chain(), texts(), min_tokens=192, progress=False)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scaling_stays_when_ranks_move(rslora, tmp_path):
+    settings = peft.EvaConfig(rho=2.0)
+    model = chain(r=5, lora_alpha=10, use_rslora=rslora, eva_config=settings)
+    ranks = eva.initialize(model, texts(), progress=False).ranks
+    assert len(set(ranks.values())) > 1
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Chain(), tmp_path)
+    for tuned in (model, loaded):
+        for name, rank in ranks.items():
+            if rank:
+                layer = tuned.base_model.model.get_submodule(name)
+                assert layer.scaling["default"] == pytest.approx(10 / 5**0.5 if rslora else 2.0)

@@ -47,6 +47,7 @@ def initialize(
     *,
     center: bool = True,
     max_batches: int = 64,
+    min_tokens: int = 0,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     token_mask_fn: Callable[[Any], Tensor | None] | None = None,
     progress: bool = True,
@@ -73,6 +74,8 @@ def initialize(
         uncentred inputs. ``"ipca"`` always does.
     max_batches
         No more forward passes than that.
+    min_tokens
+        Fewest tokens that each layer has to see; never fewer than its components.
     forward_fn
         ``(model, batch)``; by default ``model(**batch)``.
     token_mask_fn
@@ -90,7 +93,8 @@ def initialize(
     ------
     InputError
         When there is no such adapter or no layer EVA can initialise, a rank is above what a layer
-        allows, the loader is empty, or its samples are fewer than the components.
+        allows, the loader is empty, or its samples are fewer than the components or
+        ``min_tokens``.
 
     Warns
     -----
@@ -116,17 +120,25 @@ def initialize(
         lambda batch: token_mask(batch, labels=bool(options.use_label_mask))
     )
     search.collect(dataloader, max_batches, forward_fn or call, mask_of, progress)
+    search.check_counts(min_tokens)
     ranks = search.allot()
     state = search.weights(ranks, bool(options.whiten))
     if config.eva_config is None:
         config.eva_config = options
     dtypes = {name: layer.lora_A[adapter_name].weight.dtype for name, layer in layers.items()}
+    scalings = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
     peft.initialize_lora_eva_weights(model, eva_state_dict=dict(state), adapter_name=adapter_name)
     for name in state:
         if ranks[name]:  # PEFT's loader rounds to the base's type
             keep_dtype(layers[name], adapter_name, dtypes[name])
             layers[name].lora_A[adapter_name].weight.data.copy_(state[name])
     prefix = "base_model.model."
+    if config.use_rslora and options.adjust_scaling_factors:
+        for name, rank in ranks.items():
+            if rank and rank != search.start[name]:  # PEFT's alpha is for alpha / r
+                layers[name].scaling[adapter_name] = scalings[name]
+                alpha = layers[name].lora_alpha[adapter_name] = scalings[name] * rank**0.5
+                config.alpha_pattern[name.removeprefix(prefix)] = alpha
     kept = [name.removeprefix(prefix) for name, rank in ranks.items() if rank]
     names = [name.removeprefix(prefix) for name, _ in model.named_modules()]
     targets = exact_targets(
@@ -196,7 +208,6 @@ class _Search:
                 advance(1)
         if not self.passes:
             raise InputError("the data loader is empty; EVA needs at least one batch")
-        self._check_counts()
 
     def _batches(self, data: Iterable[Any], limit: int) -> Iterable[Any]:
         """One pass for moments; again and again for the incremental way, never for ever."""
@@ -290,7 +301,8 @@ class _Search:
             if not found.converged(max(ranks[n] for n, o in self.owner.items() if o == name))
         ]
 
-    def _check_counts(self) -> None:
+    def check_counts(self, least: int) -> None:
+        """Raise where a layer saw too few tokens of all processes; warn where one still moves."""
         for name, found in self.found.items():
             if isinstance(found, GramComponents) and _several():
                 found.all_reduce()
@@ -299,6 +311,11 @@ class _Search:
                     f"{canonical_name(name)} saw {found.count} tokens, fewer than the "
                     f"{self.most[name]} components that are asked for; give more or longer "
                     "batches, or a smaller rank or rho"
+                )
+            if found.count < least:
+                raise InputError(
+                    f"{canonical_name(name)} saw {found.count} tokens, fewer than "
+                    f"min_tokens={least}; give more or longer batches"
                 )
         if not any(c.solve()[2].any() for c in self.found.values()):
             raise InputError(
@@ -315,7 +332,7 @@ class _Search:
                 f"after {self.passes} batches components of {len(self.unconverged)} layers still "
                 f"moved ({', '.join(self.unconverged[:3])}, ...); raise max_batches, or use "
                 "method='gram'",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     # -- ranks -------------------------------------------------------------------------------

@@ -79,14 +79,14 @@ def watch_inputs(
     mask: Tensor | None = None,
 ) -> Iterator[None]:
     """Call ``consume(name, x)`` with the tokens ``(T, n)`` that flow into each layer and count."""
-
-    def add(name: str, x: Tensor) -> None:
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.to(x.device)]
-        consume(name, x.reshape(-1, x.shape[-1]))
-
-    with capture(layers, add, "input"):
+    with capture(layers, lambda name, x: consume(name, _counted(x, mask)), "input"):
         yield
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and x.shape[:-1] == mask.shape:
+        x = x[mask.to(x.device)]
+    return x.reshape(-1, x.shape[-1])
 
 
 def same_inputs(
@@ -105,14 +105,15 @@ def same_inputs(
     owner: dict[tuple[Any, ...], str] = {}
 
     def mark(name: str, x: Tensor) -> None:
-        flat = x.double()
+        # All tokens: of those that count there may be none in this batch, for any layer.
+        flat = x.double().reshape(-1)
         weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=x.device)
-        sums = torch.stack([flat.sum(), flat.square().sum(), flat.reshape(-1) @ weights])
+        sums = torch.stack([flat.sum(), flat.square().sum(), flat @ weights])
         marks[name] = (tuple(x.shape), *sums.tolist())
         if owner.setdefault(marks[name], name) == name and consume is not None:
-            consume(name, x)
+            consume(name, _counted(x, mask))
 
-    with watch_inputs(layers, mark, mask):
+    with capture(layers, mark, "input"):
         forward(model, batch)
     unused = [name for name in layers if name not in marks]
     if unused:
