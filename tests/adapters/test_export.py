@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import small_net
 import torch
 from torch import nn
 
 from fullrank.adapters.adapt import adapt
 from fullrank.adapters.export import check_base, save_as_lora, to_lora
-from fullrank.adapters.lora_reading import inspect
+from fullrank.adapters.lora_reading import inspect, read_lora
 from fullrank.core.errors import InputError, StoreError
 
 peft = pytest.importorskip("peft")
@@ -101,3 +102,16 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         to_lora(net())
     with pytest.raises(InputError, match="no adapter 'other'"):
         to_lora(tuned("lora"), "other")
+
+
+@pytest.mark.parametrize(
+    "more", [{"target_modules": ["wide", "embed"]}, {"trainable_token_indices": {"embed": [1]}}]
+)
+def test_what_is_trained_of_an_embedding_is_not_left_out(more, tmp_path):
+    options = {"r": 2, "target_modules": ["wide"], "init_lora_weights": False, **more}
+    model = peft.get_peft_model(small_net.net(), peft.LoraConfig(**options))
+    with pytest.raises(InputError, match=r"of no linear layer|single tokens"):
+        save_as_lora(model, tmp_path / "lora")
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(InputError, match="no update of a linear layer"):
+        read_lora(tmp_path / "peft")

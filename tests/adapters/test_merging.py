@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fullrank.adapters import FlyLoraConfig
 from fullrank.adapters.adapt import adapt
 from fullrank.adapters.export import save_as_lora, to_lora
 from fullrank.adapters.lora_files import LowRank
@@ -170,3 +171,37 @@ def test_adapters_of_other_bases_and_broken_ones_are_refused():
     broken = LowRank(torch.full((1, 3), float("nan")), torch.ones(3, 1))
     with pytest.raises(InputError, match="not finite"):
         merge_updates([{"fc": broken}])
+
+
+class Ends(nn.Module):
+    """A layer whose name is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.block = nn.Linear(6, 6), nn.ModuleDict({"fc": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        return self.fc(self.block["fc"](x))
+
+
+def test_a_merged_adapter_is_on_no_other_layer():
+    for config in (
+        peft.LoraConfig(r=2, target_modules="fc", init_lora_weights=False),
+        FlyLoraConfig(r=2, k=1, target_modules="fc", init_weights=False),
+    ):
+        model = peft.get_peft_model(Ends(), config)
+        merge_adapters(model, ["default"])
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+        expected = model(x)
+        model.set_adapter("merged")
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["1"]}, {"bias": "all"}])
+def test_what_a_sum_would_leave_out_is_refused(more):
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], **more))
+    with pytest.raises(InputError, match=f"trained with {next(iter(more))}"):
+        merge_adapters(model, ["default"])
+    assert list(model.peft_config) == ["default"]

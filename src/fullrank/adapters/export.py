@@ -71,9 +71,9 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     Raises
     ------
     InputError
-        As :func:`to_lora`, and when biases were trained beside the layers. Modules that were
-        trained whole (a classifier) are in the file too, as PEFT writes them, and biases that come
-        with an update (Hydra's) as PEFT's ``lora_bias``.
+        As :func:`to_lora`, and when biases or single tokens were trained beside the layers. Modules
+        that were trained whole (a classifier) are in the file too, as PEFT writes them, and biases
+        that come with an update (Hydra's) as PEFT's ``lora_bias``.
 
     Examples
     --------
@@ -84,6 +84,11 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     if getattr(config, "bias", "none") != "none":
         raise InputError(
             f"adapter {adapter!r} also trained biases, which are no low-rank update; use "
+            "model.save_pretrained or merge_and_unload"
+        )
+    if getattr(config, "trainable_token_indices", None):
+        raise InputError(
+            f"adapter {adapter!r} also trained single tokens, which are no low-rank update; use "
             "model.save_pretrained or merge_and_unload"
         )
     return write_lora(folder, updates, config, trained_whole(model, adapter), biases=biases)

@@ -38,8 +38,8 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
     Raises
     ------
     InputError
-        When the adapter is no update of low rank (DoRA, a convolution, biases, another type), or
-        of a base that was changed (PiSSA).
+        When the adapter is no update of low rank (DoRA, a convolution, an embedding, biases,
+        another type), or of a base that was changed (PiSSA).
     StoreError
         When the folder holds no adapter.
 
@@ -65,6 +65,13 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
             f"{folder} holds DoRA magnitudes or biases, which are no update of low rank; load it "
             "on its base model and use merge_and_unload"
         )
+    whole = dict(_others(folder))
+    for name in whole:
+        if ".lora_" in name or "trainable_tokens" in name:
+            raise InputError(
+                f"{folder} holds {name}, which is no update of a linear layer; load it on its base "
+                "model and use merge_and_unload"
+            )
     config = peft.LoraConfig.from_pretrained(str(folder))
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     updates = {}
@@ -75,7 +82,7 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
         alpha = alphas.get(pattern_key(alphas, name), config.lora_alpha)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         updates[name] = LowRank(A, B * scaling)
-    return updates, dict(_others(folder)), config
+    return updates, whole, config
 
 
 def inspect(folder: str | Path) -> Table:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fullrank.adapters.export import to_lora
-from fullrank.adapters.lora_files import LowRank
+from fullrank.adapters.lora_files import LowRank, exact_targets
 from fullrank.adapters.lora_ga_model import changed_base
 from fullrank.core.errors import InputError, require
 from fullrank.core.table import Cell, Table
@@ -124,8 +124,8 @@ def merge_adapters(
     ------
     InputError
         As :func:`merge_updates` and :func:`fullrank.adapters.export.to_lora`, when a name is
-        taken or given twice, the adapters are not LoRA, or LoRA-GA changed the base weights. The
-        model is then as it was.
+        taken or given twice, the adapters are not LoRA or come with biases or modules that were
+        trained whole, or LoRA-GA changed the base weights. The model is then as it was.
 
     Examples
     --------
@@ -139,6 +139,8 @@ def merge_adapters(
         raise InputError(f"adapters={names}; each is named once, use weights to repeat one")
     if not into or into in configs:
         raise InputError(f"into={into!r}; it is the name of a new adapter")
+    for name in names:
+        _check_alone(name, configs.get(name))
     kinds = {configs[name].peft_type.value for name in names if name in configs}
     if kinds == {"FULLRANK_FLYLORA"}:
         return _side_by_side(model, names, weights, into, rank)
@@ -160,10 +162,11 @@ def merge_adapters(
     ranks = {name: len(update.A) for name, update in report.updates.items()}
     patterns = {f"^{name}$".replace(".", r"\."): r for name, r in ranks.items()}
     first = configs[names[0]]
+    base: Any = model.base_model.model  # type: ignore[union-attr]
     config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
-        target_modules=sorted(ranks),
+        target_modules=exact_targets(ranks, dict(base.named_modules())),
         rank_pattern=patterns,
         alpha_pattern=dict(patterns),
         task_type=first.task_type,
@@ -173,13 +176,23 @@ def merge_adapters(
         init_lora_weights=False,
     )
     model.add_adapter(into, config)  # type: ignore[operator]
-    base: Any = model.base_model.model  # type: ignore[union-attr]
     for name, update in report.updates.items():
         layer = base.get_submodule(name)
         with torch.no_grad():
             layer.lora_A[into].weight.copy_(update.A)
             layer.lora_B[into].weight.copy_(update.B)
     return report
+
+
+def _check_alone(name: str, config: Any) -> None:
+    """Raise where more was trained than updates of linear layers, which are all that add up."""
+    usual = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+    beside = [key for key, none in usual.items() if getattr(config, key, None) not in (none, None)]
+    if beside:
+        raise InputError(
+            f"{name!r} was trained with {', '.join(beside)}, which the sum of updates would leave "
+            "out; merge adapters of linear layers alone"
+        )
 
 
 def _side_by_side(
