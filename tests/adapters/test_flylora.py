@@ -214,3 +214,10 @@ def test_it_learns():
         train(model, 1, optimizer)
         model.base_model.update_balance()
     assert float(model(**samples())["loss"]) < 0.95 * first
+
+
+def test_a_k_of_its_own_is_kept_and_is_at_most_r():
+    config = FlyLoraConfig(r=16, k=4, rank_pattern={"0": 8}, k_pattern={"0": 4})
+    assert config.at("0").k == 4
+    with pytest.raises(InputError, match="0: k=6 experts of r=4"):
+        FlyLoraConfig(r=4, k=2, k_pattern={"0": 6}).at("0")

@@ -15,6 +15,7 @@ from fullrank.adapters.flylora_layer import FlyLoraLinear
 from fullrank.adapters.flylora_merging import Experts, merge_experts
 from fullrank.adapters.flylora_model import FlyLoraModel as FlyLoraModel
 from fullrank.adapters.flylora_routing import Groups
+from fullrank.adapters.lora_files import exact_targets
 from fullrank.adapters.registration import register_tuner
 from fullrank.adapters.tuner_config import TunerConfig
 from fullrank.core.errors import InputError
@@ -124,8 +125,10 @@ class FlyLoraConfig(TunerConfig):
     def at(self, module: str) -> Self:
         """Return the settings of one layer, its own seed included."""
         found = super().at(module)
-        if found.k == self.k and found.r != self.r:
+        if found.r != self.r and not self.says("k_pattern", module):
             found.k = max(1, round(self.k * found.r / self.r))
+        if found.k > found.r:
+            raise InputError(f"{module}: k={found.k} experts of r={found.r}; it is at most r")
         found.seed = self.seed + zlib.crc32(canonical_name(module).encode())
         return found
 
@@ -202,7 +205,7 @@ def merge_adapters(
         },
         score=first.score,
         bias_update_rate=first.bias_update_rate,
-        target_modules=sorted(merged),
+        target_modules=exact_targets(merged, dict(model.base_model.model.named_modules())),
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,

@@ -96,11 +96,15 @@ class TunerConfig(_peft.PeftConfig):  # type: ignore[misc]
         """Return the settings of one layer: what the patterns say of its name."""
         found = copy.copy(self)
         for pattern, name in self.patterns.items():
-            values = getattr(self, pattern)
-            key = _other.get_pattern_key(values, module)
-            if key in values:
-                setattr(found, name, values[key])
+            if self.says(pattern, module):
+                values = getattr(self, pattern)
+                setattr(found, name, values[_other.get_pattern_key(values, module)])
         return found
+
+    def says(self, pattern: str, module: str) -> bool:
+        """Whether one of the patterns has something for a layer."""
+        values = getattr(self, pattern)
+        return _other.get_pattern_key(values, module) in values
 
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Write ``adapter_config.json``, and how to load the adapter into ``README.md``."""
