@@ -319,3 +319,30 @@ def test_classifiers_are_trained_whole_and_given_back_after_errors(method, tmp_p
         again = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
         found = again(batches[0]["input_ids"]).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_data_may_have_no_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ({"x": batch["x"]} for batch in data())
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert put_on("eva", data=loader).eva.batches == len(list(loader))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"r": 4}),
+        ("lora", {"lora_alpha": 4}),
+        ("rslora", {"use_rslora": False}),
+        ("flylora", {"target_modules": ["q"]}),
+        ("hydra", {"r_parallel": 1}),
+        ("hydra", {"r": 1}),
+        ("randlora", {"r": 4}),
+    ],
+)
+def test_options_that_adapt_has_of_its_own_are_refused(method, options):
+    name = next(iter(options))
+    with pytest.raises(InputError, match=f"{name} follows from"):
+        put_on(method, **options)

@@ -22,11 +22,12 @@ from fullrank.core.table import Cell, Table
 
 # Tensor subclasses of torchao that say they hold floating-point numbers.
 _QUANTISED = ("AffineQuantizedTensor", "LinearActivationQuantizedTensor", "Int4Tensor")
-# What an adapter leaves out by default: classifiers, which PEFT trains whole, and poolers, which
+# What an adapter leaves out by default: heads, which PEFT trains whole, and poolers, which
 # sentence embeddings do not depend on.
 _LEFT_OUT = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
     "FEATURE_EXTRACTION": ("pooler",),
 }
 
@@ -177,8 +178,8 @@ def adapt(
         options.setdefault("rho", 1.0)
     began = time.perf_counter()
     request = Request(
-        model, ranks, alpha, dropout, task_type, data or (), loss_fn, forward_fn, transposed, seed,
-        progress,
+        model, ranks, alpha, dropout, task_type, () if data is None else data, loss_fn, forward_fn,
+        transposed, seed, progress,
     )  # fmt: skip
     with _undone_on_errors(model):
         tuned, learnt = row.start(request, **options)

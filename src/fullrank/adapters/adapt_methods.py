@@ -95,20 +95,35 @@ class Method:
     planned: bool = True
 
 
-def lora_config(request: Request, *, alpha: float, rslora: bool = False, **options: Any) -> Any:
+def lora_config(
+    request: Request, options: Mapping[str, Any], *, alpha: float = 1.0, rslora: bool = False
+) -> Any:
     """PEFT's ``LoraConfig`` for these ranks; ``alpha`` is per unit of rank unless asked for."""
     peft = require("peft", extra="adapters")
     patterns = patterns_of(request, alpha, 0.5 if rslora else 1.0)
-    return peft.LoraConfig(
-        lora_alpha=patterns.pop("alpha"),
+    settings = {
+        "lora_alpha": patterns.pop("alpha"),
         **patterns,
-        target_modules=targets_of(request),
-        lora_dropout=request.dropout,
-        task_type=request.task_type,
-        fan_in_fan_out=request.transposed,
-        use_rslora=rslora,
-        **options,
-    )
+        "target_modules": targets_of(request),
+        "lora_dropout": request.dropout,
+        "task_type": request.task_type,
+        "fan_in_fan_out": request.transposed,
+        "use_rslora": rslora,
+    }
+    return _configured(peft.LoraConfig, settings, options)
+
+
+def _configured(kind: Any, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """A configuration of what `adapt` was asked for, and of the method's own options."""
+    for option in options:
+        if option not in kind.__dataclass_fields__:
+            raise InputError(f"{kind.__name__} has no {option!r}")
+        if option in settings:
+            raise InputError(
+                f"{option} follows from the method and from rank, plan, alpha, dropout, targets "
+                "and task_type; give those"
+            )
+    return kind(**settings, **options)
 
 
 def targets_of(request: Request) -> list[str] | str:
@@ -144,14 +159,13 @@ def _exactly(name: str) -> str:
     return r"(?:^|(?<=^base_model\.model\.))" + name.replace(".", r"\.")
 
 
-def _plain(alpha: float = 1.0, **fixed: Any) -> Callable[..., tuple[Any, Found]]:
+def _plain(
+    alpha: float = 1.0, rslora: bool = False, **fixed: Any
+) -> Callable[..., tuple[Any, Found]]:
     def start(request: Request, **options: Any) -> tuple[Any, Found]:
-        peft = require("peft", extra="adapters")
-        for option in options:
-            if option not in peft.LoraConfig.__dataclass_fields__:
-                raise InputError(f"PEFT's LoraConfig has no {option!r}")
-        config = lora_config(request, alpha=alpha, **{**fixed, **options})
-        return peft.get_peft_model(request.model, config), Found()
+        return _tuned(
+            request, lora_config(request, {**fixed, **options}, alpha=alpha, rslora=rslora)
+        )
 
     return start
 
@@ -169,7 +183,7 @@ def _eva(
 ) -> tuple[Any, Found]:
     peft = require("peft", extra="adapters")
     settings = peft.EvaConfig(rho=rho, tau=tau, whiten=whiten, use_label_mask=use_label_mask)
-    config = lora_config(request, alpha=1.0, init_lora_weights="eva", eva_config=settings)
+    config = lora_config(request, {"init_lora_weights": "eva", "eva_config": settings})
     model = peft.get_peft_model(request.model, config, low_cpu_mem_usage=True)
     report = eva.initialize(
         model,
@@ -197,7 +211,7 @@ def _lora_ga(
     model = lora_ga.initialize(
         request.model,
         request.data,
-        lora_config(request, alpha=2.0, rslora=True),
+        lora_config(request, {}, alpha=2.0, rslora=True),
         direction=direction,
         scale=scale,
         gamma=gamma,
@@ -244,44 +258,35 @@ def _lora_sb(
 
 
 def _flylora(request: Request, **options: Any) -> tuple[Any, Found]:
-    config_class = _config_class("flylora", "FlyLoraConfig", options)
-    patterns = patterns_of(request, 2.0)
+    flylora = require("fullrank.adapters.flylora", extra="adapters")
+    settings = {**patterns_of(request, 2.0), **_shared(request)}
     # A token takes a quarter of the experts, as in the paper.
-    chosen = {"k": max(1, patterns["r"] // 4), "seed": request.seed, **options}
-    return _tuned(request, config_class(**patterns, **_shared(request), **chosen))
+    chosen = {"k": max(1, settings["r"] // 4), "seed": request.seed, **options}
+    return _tuned(request, _configured(flylora.FlyLoraConfig, settings, chosen))
 
 
 def _hydra(request: Request, **options: Any) -> tuple[Any, Found]:
-    config_class = _config_class("hydra", "HydraConfig", options)
+    hydra = require("fullrank.adapters.hydra", extra="adapters")
     patterns = patterns_of(request, 1.0)
     parallel, sequential = _halves(patterns["r"])
     halves = {name: _halves(rank) for name, rank in patterns["rank_pattern"].items()}
     scale = 1.0 if request.alpha is None else request.alpha / patterns["r"]
-    config = config_class(
-        r_parallel=parallel,
-        r_sequential=sequential,
-        alpha=scale * max(parallel, sequential),
-        parallel_pattern={name: p for name, (p, _) in halves.items()},
-        sequential_pattern={name: s for name, (_, s) in halves.items()},
-        alpha_pattern={name: scale * max(both) for name, both in halves.items()},
+    settings = {
+        "r": None,
+        "r_parallel": parallel,
+        "r_sequential": sequential,
+        "alpha": scale * max(parallel, sequential),
+        "parallel_pattern": {name: p for name, (p, _) in halves.items()},
+        "sequential_pattern": {name: s for name, (_, s) in halves.items()},
+        "alpha_pattern": {name: scale * max(both) for name, both in halves.items()},
         **_shared(request),
-        **options,
-    )
-    return _tuned(request, config)
+    }
+    return _tuned(request, _configured(hydra.HydraConfig, settings, options))
 
 
 def _halves(rank: int) -> tuple[int, int]:
     """Ranks of the parallel and the sequential branch of an update of so much rank."""
     return rank - rank // 2, rank // 2
-
-
-def _config_class(module: str, name: str, options: Mapping[str, Any]) -> Any:
-    """The configuration of a tuner of ours, once it is known to have these options."""
-    found = getattr(require(f"fullrank.adapters.{module}", extra="adapters"), name)
-    for option in options:
-        if option not in found.__dataclass_fields__:
-            raise InputError(f"{name} has no {option!r}")
-    return found
 
 
 def _shared(request: Request) -> dict[str, Any]:
@@ -297,10 +302,10 @@ def _tuned(request: Request, config: Any) -> tuple[Any, Found]:
 
 
 def _randlora(request: Request, **options: Any) -> tuple[Any, Found]:
-    config_class = _config_class("randlora", "RandLoraConfig", options)
+    randlora = require("fullrank.adapters.randlora", extra="adapters")
     r, chosen = max(request.ranks.values()), {"projection_key": request.seed, **options}
-    config = config_class(r=r, alpha=request.alpha, **_shared(request), **chosen)
-    return _tuned(request, config)
+    settings = {"r": r, "alpha": request.alpha, **_shared(request)}
+    return _tuned(request, _configured(randlora.RandLoraConfig, settings, chosen))
 
 
 METHODS: Mapping[str, Method] = {

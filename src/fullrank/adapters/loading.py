@@ -53,8 +53,9 @@ def load_adapter(folder: str | Path, base: str | Path | None = None) -> Any:
         raise InputError(f"{folder} names no base model; give one (--base)")
     task = config.get("task_type")
     options: dict[str, Any] = {}
-    if task == "SEQ_CLS":
-        options["num_labels"] = _labels(folder)
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        # A head of another size that the base may have is replaced by the adapter's.
+        options.update(num_labels=_labels(folder), ignore_mismatched_sizes=True)
     kind = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else _CLASSES.get(str(task))
     loader = getattr(transformers, kind or "AutoModel")
     model = load_model(name, lambda source: loader.from_pretrained(source, **options))
@@ -79,6 +80,7 @@ def put_on(model: Any, folder: str | Path) -> Any:
 def save_alone(model: Any, adapter: str, folder: str | Path) -> Path:
     """Write one of several adapters into a folder, without one of its name below it."""
     target = Path(folder)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent) as part:
         model.save_pretrained(part, selected_adapters=[adapter])
         (Path(part) / adapter).replace(target)
