@@ -100,6 +100,12 @@ def test_a_test_part_is_never_trained_on(tmp_path):
     assert "test" not in parts["train"][0] + parts["dev"][0]
 
 
+def test_a_train_file_alone_is_one_of_many(tmp_path):
+    for name in ("model", "train"):
+        (tmp_path / f"{name}.py").write_text(f"# {name}\n" * 20)
+    assert len(read_texts(tmp_path).parts["train"]) == 2
+
+
 def test_what_is_hidden_or_no_file_is_passed_over(tmp_path):
     (tmp_path / "notes.md").mkdir()
     (tmp_path / ".git").mkdir()

@@ -94,8 +94,8 @@ def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
         ``"tinyshakespeare"``, ``"wikitext-2"`` or ``"gsm8k"`` from the folder that the
         environment variable ``FULLRANK_DATA`` names; a text or JSONL file; a folder with
         ``train``, ``dev`` and ``test`` files (without ``dev`` one is cut off ``train``), or with
-        any text files; or a data set of the
-        Hugging Face hub as ``hf:NAME`` or ``hf:NAME:CONFIG``.
+        any text files; or a data set of the Hugging Face hub as ``hf:NAME`` or
+        ``hf:NAME:CONFIG``.
     field_name
         Field of a JSONL line, or column of a data set, that holds the text.
 
@@ -170,7 +170,8 @@ def _from_folder(folder: Path, field_name: str) -> Texts:
     for stem, part in stems.items():
         for path in sorted(folder.glob(f"{stem}.*")):
             named.setdefault(part, tuple(_documents(path, field_name)))
-    if "train" in named:
+    # A train file alone is one of a folder of sources, as likely as not.
+    if {"train"} < named.keys():
         return _in_parts(folder.name, named, folder.name)
     documents = [text for path in _text_files(folder) for text in _documents(path, field_name)]
     if not documents:
