@@ -195,6 +195,22 @@ def test_numpy_integers_become_plain_ones():
     assert RankPlan.from_json(RankPlan({"a": entry}).to_json())["a"] == entry
 
 
+def test_numpy_numbers_in_options_become_plain_ones():
+    entry = PlanEntry((8, 8), 2, options={"stack": np.int64(2), "shares": [np.float32(0.5)]})
+    assert entry.matrix_shape == (4, 8)
+    plan = RankPlan({"fc": entry})
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["entries"]["fc"]["options"] == {"stack": 2, "shares": [0.5]}
+    with pytest.raises(PlanError, match="no JSON values"):
+        PlanEntry((8, 8), 2, options={"kept": np.zeros(3)})
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((8, 8), True), ((True, 8), 1)])
+def test_a_truth_value_is_no_rank(shape, rank):
+    with pytest.raises(PlanError, match="integer"):
+        PlanEntry(shape, rank)
+
+
 @pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf")])
 def test_scale_refuses_what_is_no_factor(factor):
     with pytest.raises(InputError, match="positive, finite factor"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import index
@@ -60,8 +61,8 @@ class PlanEntry:
     def __post_init__(self) -> None:
         # NumPy's integers are welcome, and become what JSON can hold.
         try:
-            m, n = (index(size) for size in self.shape)
-            rank = None if self.rank is None else index(self.rank)
+            m, n = (_integer(size) for size in self.shape)
+            rank = None if self.rank is None else _integer(self.rank)
         except (TypeError, ValueError):
             raise PlanError(
                 f"shape {self.shape!r} and rank {self.rank!r}; (out, in) and an integer or None "
@@ -69,6 +70,11 @@ class PlanEntry:
             ) from None
         object.__setattr__(self, "shape", (m, n))
         object.__setattr__(self, "rank", rank)
+        try:
+            options = json.loads(json.dumps(dict(self.options), default=_number))
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"options {self.options!r} are no JSON values ({error})") from None
+        object.__setattr__(self, "options", options)
         if m < 1 or n < 1:
             raise PlanError(f"shape {self.shape} is not that of a matrix")
         stack = self.stack
@@ -111,3 +117,15 @@ class PlanEntry:
         if self.rank is None:
             return m * n if purpose == "factor" else 0
         return self.stack * self.rank * sum(self.matrix_shape)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no integer")
+    return index(value)
+
+
+def _number(value: Any) -> Any:
+    if getattr(value, "ndim", None) != 0:
+        raise TypeError(f"a {type(value).__name__} is none")
+    return value.item()
