@@ -111,6 +111,15 @@ def test_randomized_svd_is_nearly_optimal_on_a_flat_spectrum():
     assert lost <= 1.01 * torch.linalg.matrix_norm(A - exact.matrix())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**120])
+def test_extreme_entries_stay_in_range(method, scale):
+    A = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    usual, found = METHODS[method](A, 5), METHODS[method](A * scale, 5)
+    torch.testing.assert_close(found.S / scale, usual.S)
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(5), rtol=0, atol=1e-5)
+
+
 def test_a_warm_start_needs_one_step():
     A = decaying(60, 40)
     drifted = A + 1e-4 * torch.randn(60, 40, generator=torch.Generator().manual_seed(3))

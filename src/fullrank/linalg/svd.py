@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fullrank.linalg.bases import orthonormalised
-from fullrank.linalg.checks import Seed, check_matrix, check_rank, gaussian, working
+from fullrank.linalg.checks import Seed, check_matrix, check_rank, gaussian, range_scale, working
 
 
 class SVD(NamedTuple):
@@ -121,12 +121,16 @@ def randomized_svd(
         raise ValueError(
             f"oversample={oversample} and iterations={iterations}; neither may be negative"
         )
+    # The entries of a sketch are larger than the matrix's.
+    scale = range_scale(A)
+    A = A if scale == 1.0 else A / scale
     m, n = A.shape
     width = min(rank + oversample, m, n)
     Q = orthonormalised(A @ gaussian(n, width, A, generator))
     for _ in range(iterations):
         Q = orthonormalised(A @ orthonormalised(A.T @ Q))
-    return _from_range(A, Q, rank)
+    U, S, Vh = _from_range(A, Q, rank)
+    return SVD(U, S * scale, Vh)
 
 
 @torch.no_grad()
