@@ -24,6 +24,8 @@ def test_table_of_documents():
     assert data.corpus["8"].metadata == {"n": 2}
     assert data.queries == {}
     assert from_huggingface(table, limit=1).corpus.ids == ("7",)
+    with pytest.raises(InputError, match="no documents"):
+        from_huggingface(table, limit=-1)
 
 
 def test_table_without_ids_and_with_other_columns():

@@ -320,6 +320,8 @@ def test_what_does_not_fit_is_named(name, sections, message, texts):
 def test_too_little_text():
     with pytest.raises(InputError, match="less than one sequence"):
         train_lm(run_of(), texts=Texts("x", {"train": ("ab",), "dev": ("cd",)}), progress=False)
+    for rest in (False, True):
+        assert len(Blocks(np.empty(0, np.int32), 8, rest)) == 0
 
 
 def test_files_of_settings(tmp_path):
