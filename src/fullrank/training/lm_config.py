@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import tomllib
 import warnings
@@ -168,8 +169,10 @@ class RunSettings(Section):
             _change(values, change)
         if before is not None and _optimizer(values).get("name") != before:
             _leave_foreign(values["optimizer"], before, {c.partition("=")[0] for c in changes})
-        # YAML and TOML have dates, where a name is meant.
-        values = json.loads(json.dumps(values, default=str))
+        try:
+            values = json.loads(json.dumps(values, default=_date_as_text))
+        except TypeError as error:
+            raise InputError(f"the run holds what no file could say: {error}") from error
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -221,6 +224,13 @@ class LMTraining(RunSettings):
                 "loop.clip to null"
             )
         return self
+
+
+def _date_as_text(value: Any) -> str:
+    """YAML and TOML have dates, where a name is meant."""
+    if isinstance(value, datetime.date | datetime.time):
+        return str(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def _optimizer(values: dict[str, Any]) -> dict[str, Any]:
