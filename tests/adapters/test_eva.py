@@ -360,3 +360,30 @@ def test_the_scaling_stays_when_ranks_move(rslora, tmp_path):
             if rank:
                 layer = tuned.base_model.model.get_submodule(name)
                 assert layer.scaling["default"] == pytest.approx(10 / 5**0.5 if rslora else 2.0)
+
+
+class Ends(Chain):
+    """A layer whose name is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.ModuleDict({"c": self.b})
+        del self.b
+
+    def forward(self, ids, labels=None):
+        return self.c(self.deep["c"](self.a(self.embed(ids)).relu()).relu())
+
+
+def test_ranks_are_those_of_whole_names(tmp_path):
+    settings = peft.EvaConfig(rho=2.0)
+    config = peft.LoraConfig(
+        r=5, target_modules=["a", "c"], init_lora_weights="eva", eva_config=settings
+    )
+    model = peft.get_peft_model(Ends(), config)
+    ranks = eva.initialize(model, texts(), progress=False).ranks
+    assert ranks["c"] not in (5, ranks["deep.c"])
+    assert eva.initialize(model, texts(), progress=False).ranks == ranks
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Ends(), tmp_path)
+    for name, rank in ranks.items():
+        assert loaded.base_model.model.get_submodule(name).r["default"] == rank

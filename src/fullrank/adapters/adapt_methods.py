@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fullrank.adapters import eva, lora_ga
 from fullrank.adapters.gradients import loss_of
-from fullrank.adapters.lora_files import exact_targets
+from fullrank.adapters.lora_files import exact_targets, exactly
 from fullrank.core.errors import InputError, require
 
 Needs = Literal["nothing", "weights", "activations", "gradients"]
@@ -145,18 +145,13 @@ def patterns_of(request: Request, alpha: float, power: float = 1.0) -> dict[str,
     """
     largest = max(request.ranks.values())
     whole = request.alpha if request.alpha is not None else alpha * largest
-    smaller = {_exactly(n): rank for n, rank in request.ranks.items() if rank != largest}
+    smaller = {exactly(n): rank for n, rank in request.ranks.items() if rank != largest}
     return {
         "r": largest,
         "alpha": whole,
         "rank_pattern": smaller,
         "alpha_pattern": {n: whole * (rank / largest) ** power for n, rank in smaller.items()},
     }
-
-
-def _exactly(name: str) -> str:
-    """A pattern of PEFT for one module: the base model's name, with or without PEFT's prefix."""
-    return r"(?:^|(?<=^base_model\.model\.))" + name.replace(".", r"\.")
 
 
 def _plain(

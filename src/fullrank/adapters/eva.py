@@ -26,7 +26,7 @@ from fullrank.adapters.layer_inputs import (
     token_mask,
     watch_inputs,
 )
-from fullrank.adapters.lora_files import exact_targets
+from fullrank.adapters.lora_files import exact_targets, exactly
 from fullrank.core.batches import call, device_of, moved
 from fullrank.core.errors import InputError, require
 from fullrank.core.modes import evaluating
@@ -139,6 +139,9 @@ def initialize(
                 layers[name].scaling[adapter_name] = scalings[name]
                 alpha = layers[name].lora_alpha[adapter_name] = scalings[name] * rank**0.5
                 config.alpha_pattern[name.removeprefix(prefix)] = alpha
+    for pattern in ("rank_pattern", "alpha_pattern"):  # PEFT's keys also fit longer names
+        values = getattr(config, pattern)
+        setattr(config, pattern, {exactly(name): value for name, value in values.items()})
     kept = [name.removeprefix(prefix) for name, rank in ranks.items() if rank]
     names = [name.removeprefix(prefix) for name, _ in model.named_modules()]
     targets = exact_targets(

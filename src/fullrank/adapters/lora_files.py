@@ -44,6 +44,14 @@ def exact_targets(names: Iterable[str], others: Iterable[str] | None = None) -> 
     return "|".join(map(re.escape, wanted)) if unclear else wanted
 
 
+def exactly(name: str) -> str:
+    """A key of PEFT's patterns for one module, with PEFT's prefix or without.
+
+    PEFT reads keys as ends of names: ``"q"`` also means ``"block.q"``.
+    """
+    return r"(?:^|(?<=^base_model\.model\.))" + name.replace(".", r"\.")
+
+
 def write_lora(
     folder: str | Path,
     updates: Mapping[str, LowRank],
