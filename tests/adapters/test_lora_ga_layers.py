@@ -57,15 +57,26 @@ class Tied(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-@pytest.mark.parametrize("targets", [["a", "b"], ["a", "c"], ["head"]])
-def test_a_shared_weight_is_not_changed_for_others(targets):
-    before = {name: t.clone() for name, t in Tied().state_dict().items()}
-    model = Tied()
+class Twice(Tied):
+    """One layer under two names, of which PEFT adapts the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = self.a
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [(Tied, ["a", "b"]), (Tied, ["a", "c"]), (Tied, ["head"]), (Twice, ["a"])],
+)
+def test_a_shared_weight_is_not_changed_for_others(kind, targets):
+    before = {name: t.clone() for name, t in kind().state_dict().items()}
+    model = kind()
     with pytest.raises(InputError, match="shares its weight with another module"):
         tuned(model, config(target_modules=targets))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     kept = tuned(model, config(target_modules=targets), mode="subtract_init")
-    torch.testing.assert_close(kept(IDS), Tied()(IDS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept(IDS), kind()(IDS), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_of_one_weight_start_from_the_sum_of_its_uses():
@@ -171,5 +182,5 @@ def test_a_narrow_base_loses_nothing_to_the_subtraction():
     base, model = net(dtype=torch.bfloat16), tuned(net(dtype=torch.bfloat16), mode="subtract_init")
     x = base.embed(IDS)
     found, expected = model.base_model.model.wide(x).float(), base.wide(x).float()
-    # The sum is rounded once on the way.
-    assert (found - expected).norm() < 2**-8 * expected.norm()
+    # Rounded with the start added, which is half a unit; a start rounded by itself is off by more.
+    assert (found - expected).norm() < 2**-9 * expected.norm()

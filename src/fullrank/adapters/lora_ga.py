@@ -198,7 +198,7 @@ def initialize(
         _check_layers(wrapped, layers)
         weights = {name: _weight(name, layer) for name, layer in layers.items()}
         if mode == "residual":
-            _check_alone(wrapped, weights)
+            _check_alone(wrapped, layers)
         for name, layer in layers.items():
             _lower_rank(name, layer, config)
         folds = _folds(layers, weights, estimate, grad_dtype, seed)
@@ -238,11 +238,16 @@ def _check_layers(model: nn.Module, layers: Mapping[str, Any]) -> None:
             )
 
 
-def _check_alone(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _check_alone(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise on weights that cannot be changed by themselves."""
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for name, weight in weights.items():
-        if holders[id(weight)] > 1:
+    holders = Counter(
+        id(held)
+        for module in model.modules()
+        for held in (*module._parameters.values(), *module._modules.values())
+    )
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if holders[id(base.weight)] > 1 or holders[id(base)] > 1:
             raise InputError(
                 f"{canonical_name(name)} shares its weight with another module, which taking the "
                 "start out of it would change too; use mode='subtract_init', or leave it out of "
