@@ -169,6 +169,28 @@ def test_other_adapters_stand_on_the_base_and_are_saved(mode, tmp_path):
     assert not (tmp_path / "one" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("mode", ["residual", "subtract_init"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_base_comes_back(kind, mode):
+    model = shaken(
+        tuned(net(kind), mode=mode, settings=config(fan_in_fan_out=kind == "conv1d")), "default"
+    )
+    torch.testing.assert_close(model.unload()(IDS), net(kind)(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["residual", "subtract_init"])
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_what_is_merged_is_on_the_base(active, mode):
+    model = shaken(tuned(mode=mode), "default")
+    model.add_adapter("other", config())
+    shaken(model, "other").set_adapter(active)
+    expected, twin = model(IDS), copy.deepcopy(model)
+    torch.testing.assert_close(model.merge_and_unload()(IDS), expected, rtol=1e-5, atol=1e-5)
+    twin.merge_adapter()
+    torch.testing.assert_close(twin(IDS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(twin.unload()(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_copy_loads_into_itself(tmp_path):
     model = tuned()
     peft.get_peft_model(net(), config()).save_pretrained(tmp_path)

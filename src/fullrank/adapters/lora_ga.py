@@ -134,7 +134,8 @@ def initialize(
         Of the gradients' sums.
     mode
         ``"residual"`` (default, the paper's): what the adapter adds at the start is taken out of
-        the weights. ``"subtract_init"``: the weights stay as they are, and each layer takes it
+        the weights; ``disable_adapter()`` and ``unload()`` give the base up to rounding.
+        ``"subtract_init"``: the weights stay as they are, and each layer takes it
         from its output, for one more low-rank product a pass: exact for half-precision weights,
         and ``disable_adapter()`` is the base to the bit.
     estimate

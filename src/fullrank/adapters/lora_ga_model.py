@@ -8,6 +8,7 @@ them the training's own factors, so that a Trainer goes on from a checkpoint bit
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,25 @@ def install(layer: Any, start: Start, adapter: str, mode: Mode) -> None:
     weight.copy_(weight.to(wide) - oriented(layer, offset))
 
 
+def _changed(model: Any, adapter: str, merging: Sequence[str]) -> list[Any]:
+    """Layers whose weights lack the start, unless the adapter that has it is in them."""
+    return [
+        module
+        for module in model.modules()
+        if changed_base(module) and adapter not in (*merging, *module.merged_adapters)
+    ]
+
+
+@torch.no_grad()
+def _put_back(layers: Sequence[Any]) -> None:
+    """Give changed weights back what was taken out of them, up to rounding."""
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        offset = layer.ga_start_B.to(wide) @ layer.ga_start_A.to(wide)
+        weight.copy_(weight.to(wide) + oriented(layer, offset))
+
+
 def start_of(layer: nn.Module) -> LowRank | None:
     """What LoRA-GA added to a layer at the start, scaling included; None where it did not."""
     if not hasattr(layer, "ga_start_A"):
@@ -68,7 +88,9 @@ def oriented(layer: Any, matrix: Tensor) -> Tensor:
 
 
 def saves_for_the_base(model: Any, adapter: str) -> Any:
-    """Let a PEFT model save what fits a fresh base, and load what a training goes on from."""
+    """Let a PEFT model save what fits a fresh base, load what a training goes on from, and give
+    the base back.
+    """
     usual = type(model)
 
     def save_pretrained(
@@ -93,8 +115,27 @@ def saves_for_the_base(model: Any, adapter: str) -> Any:
             return usual.load_adapter(self, model_id, adapter_name, *args, **options)
         return _restore(self, Path(model_id), adapter)
 
+    def unload(self: Any) -> Any:
+        changed = _changed(self, adapter, [])
+        base = self.base_model.unload()
+        _put_back(changed)
+        return base
+
+    def merge_and_unload(
+        self: Any,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        changed = _changed(self, adapter, adapter_names or self.active_adapters)
+        base = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        _put_back(changed)
+        return base
+
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model.load_adapter = types.MethodType(load_adapter, model)
+    model.unload = types.MethodType(unload, model)
+    model.merge_and_unload = types.MethodType(merge_and_unload, model)
     return model
 
 
