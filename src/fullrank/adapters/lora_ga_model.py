@@ -45,10 +45,14 @@ def install(layer: Any, start: Start, adapter: str, mode: Mode) -> None:
     if mode == "subtract_init":
         layer.get_delta_weight = types.MethodType(_delta_weight, layer)
         return
+    _add_to_weight(layer, -layer.scaling[adapter], B, A)
+
+
+def _add_to_weight(layer: Any, scale: float, B: Tensor, A: Tensor) -> None:
     weight = layer.get_base_layer().weight
     wide = torch.promote_types(weight.dtype, torch.float32)
-    offset = layer.scaling[adapter] * (B.to(wide) @ A.to(wide))
-    weight.copy_(weight.to(wide) - oriented(layer, offset))
+    offset = scale * (B.to(wide) @ A.to(wide))
+    weight.copy_(weight.to(wide) + oriented(layer, offset))
 
 
 def _changed(model: Any, adapter: str, merging: Sequence[str]) -> list[Any]:
@@ -64,10 +68,7 @@ def _changed(model: Any, adapter: str, merging: Sequence[str]) -> list[Any]:
 def _put_back(layers: Sequence[Any]) -> None:
     """Give changed weights back what was taken out of them, up to rounding."""
     for layer in layers:
-        weight = layer.get_base_layer().weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        offset = layer.ga_start_B.to(wide) @ layer.ga_start_A.to(wide)
-        weight.copy_(weight.to(wide) + oriented(layer, offset))
+        _add_to_weight(layer, 1.0, layer.ga_start_B, layer.ga_start_A)
 
 
 def start_of(layer: nn.Module) -> LowRank | None:
