@@ -61,7 +61,7 @@ def test_any_spectrum(kind, dtype):
         # All of it is below eps; what counts is that nothing breaks.
         assert torch.isfinite(prefix_ranks(rows, sizes, EPS)).all()
         return
-    torch.testing.assert_close(prefix_ranks(rows, sizes, EPS), expected, rtol=4e-5, atol=0)
+    torch.testing.assert_close(prefix_ranks(rows, sizes, EPS), expected, rtol=6e-5, atol=0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,9 +75,9 @@ def test_any_size(length, more, scale, seed):
     rows = scale * walk(1, length, length + more, seed)
     sizes = torch.arange(2, length + 1)[None]
     found = prefix_ranks(rows, sizes, EPS)
-    torch.testing.assert_close(found, by_svd(rows, sizes), rtol=4e-5, atol=0)
-    assert bool((found >= 1 - 4e-5).all())
-    assert bool((found <= (sizes - 1) * (1 + 4e-5)).all())
+    torch.testing.assert_close(found, by_svd(rows, sizes), rtol=1e-4, atol=0)
+    assert bool((found >= 1 - 1e-4).all())
+    assert bool((found <= (sizes - 1) * (1 + 1e-4)).all())
 
 
 def test_rows_that_are_alike():
@@ -86,7 +86,7 @@ def test_rows_that_are_alike():
     found = prefix_ranks(rows, torch.tensor([[20, 50, 51, 150]]), EPS)[0]
     assert found[:2].tolist() == [1.0, 1.0]
     assert found[2].item() == pytest.approx(1, abs=1e-4)
-    assert found[3].item() == pytest.approx(by_svd(rows, torch.tensor([[150]])).item(), rel=4e-5)
+    assert found[3].item() == pytest.approx(by_svd(rows, torch.tensor([[150]])).item(), rel=6e-5)
     assert prefix_ranks(torch.zeros(1, 9, 9), torch.tensor([[9]]), EPS).item() == 1.0
 
 
@@ -108,7 +108,7 @@ def test_long_responses_match_short_ways(width, most, lengths):
     for row, length in enumerate(lengths):
         rows = hidden[row, :length]
         whole = float(by_svd(rows[None], torch.tensor([[length]]))) if length > 1 else 0.0
-        assert found.er[row].item() == pytest.approx(whole, rel=4e-5)
+        assert found.er[row].item() == pytest.approx(whole, rel=6e-5)
         window = rows[-most:] if most else rows
         series = [
             float(by_svd(window[None], torch.tensor([[end + 1]])))

@@ -21,6 +21,7 @@ from fullrank.adapters.lora_files import LowRank, exact_targets
 from fullrank.adapters.lora_ga_model import changed_base
 from fullrank.core.errors import InputError, require
 from fullrank.core.table import Cell, Table
+from fullrank.linalg.checks import all_finite
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _factorised(parts: Sequence[LowRank], rank: int | None) -> tuple[LowRank, fl
     wide = torch.promote_types(dtype, torch.float32)
     A = torch.cat([part.A.to(wide) for part in parts])
     B = torch.cat([part.B.to(A) for part in parts], dim=1)
-    if not (A.isfinite().all() and B.isfinite().all()):
+    if not (all_finite(A) and all_finite(B)):
         raise InputError("an adapter holds numbers that are not finite; was its training stable?")
     left, upper = torch.linalg.qr(B)
     right, lower = torch.linalg.qr(A.T)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from fullrank.compress.batches import Batches
@@ -30,6 +29,7 @@ from fullrank.core.errors import InputError, PlanError
 from fullrank.core.names import canonical_modules
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.progress import progress as progress_bar
+from fullrank.linalg.checks import all_finite
 
 
 def factorize(
@@ -234,7 +234,7 @@ def _check(model: nn.Module, plan: RankPlan) -> dict[str, nn.Module]:
                 f"{name}: the plan is for {_sizes(entry.stack, entry.matrix_shape)}, the layer is "
                 f"{_sizes(found.stack, found.shape)} (out, in)"
             )
-        if not found.matrix.is_meta and not torch.isfinite(found.matrix).all():
+        if not found.matrix.is_meta and not all_finite(found.matrix):
             raise InputError(f"{name}: the weight holds NaN or infinite values")
         targets[name] = module
     return targets

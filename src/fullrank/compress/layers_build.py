@@ -88,14 +88,16 @@ def factorised_layer(
     return _layer_of(module, entry, factors)
 
 
-def shell(module: nn.Module, entry: PlanEntry, bias: bool | None = None) -> Factorised:
-    """Build a layer of the shapes that an entry says, its factors drawn anew."""
+def shell(
+    module: nn.Module, entry: PlanEntry, bias: bool | None = None, *, drawn: bool = True
+) -> Factorised:
+    """Build a layer of the shapes that an entry says, its factors drawn anew or still to write."""
     if bias is None:
         bias = entry.method not in WITHOUT_DATA or getattr(module, "bias", None) is not None
     record = {"shape": entry.shape, "rank": entry.rank, "bias": bias, "method": entry.method}
     if isinstance(module, CONVOLUTIONS):
         record["scheme"] = entry.scheme
-    return shell_for(module, record)
+    return shell_for(module, record, drawn=drawn)
 
 
 def check_method(module: nn.Module, entry: PlanEntry) -> None:
@@ -130,7 +132,7 @@ def _stacked(parts: list[Factors], matrix: Tensor) -> Factors:
 
 def _layer_of(module: nn.Module, entry: PlanEntry, factors: Factors) -> Factorised:
     has_bias = getattr(module, "bias", None) is not None or factors.bias_shift is not None
-    layer = shell(module, entry, bias=has_bias)
+    layer = shell(module, entry, bias=has_bias, drawn=False)
     if isinstance(layer, LowRankConv):
         write_factors(layer, factors.first, factors.second)
     else:

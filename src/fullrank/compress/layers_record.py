@@ -56,18 +56,21 @@ def stands_for(record: Mapping[str, Any], module: nn.Module | None) -> bool:
     return sorted(shape) == sorted(record["shape"])
 
 
-def shell_for(module: nn.Module, record: Mapping[str, Any]) -> Factorised:
-    """Build an empty factorised layer from its record, in the place of ``module``."""
+def shell_for(module: nn.Module, record: Mapping[str, Any], *, drawn: bool = True) -> Factorised:
+    """Build a factorised layer from its record, in the place of ``module``.
+
+    Its factors are drawn at random, unless they will be written at once (``drawn=False``).
+    """
     layer: Factorised
     if "scheme" in record:
         layer = LowRankConv.like(module, record["rank"], record["scheme"], record["bias"])
     else:
-        layer = _linear_shell(module, record)
+        layer = _linear_shell(module, record, drawn)
     layer.method, layer.error = record.get("method", ""), record.get("error")
     return layer
 
 
-def _linear_shell(module: nn.Module, record: Mapping[str, Any]) -> LowRankLinear:
+def _linear_shell(module: nn.Module, record: Mapping[str, Any], drawn: bool) -> LowRankLinear:
     m, n = record["shape"]
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
@@ -76,8 +79,10 @@ def _linear_shell(module: nn.Module, record: Mapping[str, Any]) -> LowRankLinear
         m,
         record["rank"],
         record["bias"],
-        device=weight.device,
+        device=weight.device if drawn else "meta",
         dtype=weight.dtype,
         transposed=is_conv1d(module),
     )
+    if not drawn:
+        layer.to_empty(device=weight.device)
     return layer.requires_grad_(weight.requires_grad).train(module.training)

@@ -21,6 +21,7 @@ from fullrank.core.names import model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan, break_even
 from fullrank.core.rank_rules import LayerSpectrum, ModelRule, RankRule, apply_rule
 from fullrank.linalg import gram_spectrum
+from fullrank.linalg.checks import all_finite
 
 # Methods that look at nothing but the weight, or not even at that.
 WITHOUT_DATA = ("svd", "snmf", "random")
@@ -87,7 +88,7 @@ def _read(module: nn.Module, scheme: ConvScheme, method: str) -> Matricised:
 
 
 def _of_weight(name: str, found: Matricised) -> LayerSpectrum:
-    if not torch.isfinite(found.matrix).all():
+    if not all_finite(found.matrix):
         raise InputError(f"{name}: the weight holds NaN or infinite values")
     each = [gram_spectrum(matrix) for matrix in found.matrix.reshape(-1, *found.shape)]
     values = torch.stack(each).square().sum(0).sqrt().cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.linalg.checks import all_finite
 
 # Added to a denominator that may vanish, and to the start so that no entry begins at zero, where
 # multiplicative steps would leave it.
@@ -60,7 +61,7 @@ def semi_nmf(
     >>> bool((H >= 0).all()), torch.allclose(F @ H, X.double(), rtol=1e-3)
     (True, True)
     """
-    if matrix.ndim != 2 or not torch.isfinite(matrix).all():
+    if matrix.ndim != 2 or not all_finite(matrix):
         raise InputError("semi-NMF factors a matrix of finite numbers")
     n, m = matrix.shape
     if not 1 <= rank <= min(n, m) or iterations < 1:

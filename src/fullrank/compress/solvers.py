@@ -13,6 +13,7 @@ from fullrank.compress.data_checks import nothing_to_go_by
 from fullrank.compress.layers import LowRankLinear
 from fullrank.compress.semi_nmf import semi_nmf
 from fullrank.core.errors import InputError
+from fullrank.linalg.checks import all_finite
 from fullrank.linalg.gram_svd import gram_svd
 
 Method = Literal["svd", "output_pca", "gauss_newton", "snmf", "random"]
@@ -229,7 +230,7 @@ def _check(weight: Tensor, method: str, stats: LayerStats | None) -> None:
         raise InputError(f"method {method!r}; it is one of {', '.join(get_args(Method))}")
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise InputError(f"factors are made of a float matrix, not {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise InputError("the weight holds NaN or infinite values")
     if stats is not None:
         wide = weight.shape[1] if stats.side == "input" else weight.shape[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.linalg.checks import all_finite
 
 
 class Components(NamedTuple):
@@ -60,7 +61,7 @@ def gram_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     InputError
         When the matrix holds values that are not finite.
     """
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise InputError("the weight holds NaN or infinite values")
     gram = matrix @ matrix.mT
     try:

@@ -9,6 +9,7 @@ from fullrank.core.errors import InputError
 from fullrank.core.names import canonical_modules, model_fingerprint
 from fullrank.core.plan import PlanEntry, RankPlan
 from fullrank.core.rank_rules import Energy, LayerSpectrum, ModelRule, RankRule, apply_rule
+from fullrank.linalg.checks import all_finite
 from fullrank.optim.groups import Patterns, projectable
 from fullrank.optim.matrices import matrix_shape
 from fullrank.optim.sharded import gathered
@@ -89,7 +90,7 @@ def gradient_plan(
 
 def _singular_values(name: str, grad: Tensor) -> Tensor:
     matrix = grad.detach().reshape(matrix_shape(grad.shape)).double().cpu()
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise InputError(f"the gradient of {name} holds NaN or infinity; no rank can be measured")
     values: Tensor = torch.linalg.svdvals(matrix)
     return values

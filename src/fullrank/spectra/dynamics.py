@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
+from fullrank.linalg.checks import all_finite
 from fullrank.spectra.prefix_ranks import prefix_ranks
 
 # In the official code: beside the sum of singular values, and in the logarithm.
@@ -136,8 +137,7 @@ def _packed(
     packed = (packed if packed.dtype == torch.float64 else packed.float()).contiguous()
     if not real.all():
         packed = torch.where(real[..., None], packed, 0.0)
-    # One value that is not finite makes the sum so, and large ones may.
-    if not torch.isfinite(packed.sum()) and not torch.isfinite(packed).all():
+    if not all_finite(packed):
         raise InputError("hidden states hold NaN or infinite values on a response's tokens")
     return packed[:, : max(int(lengths.max()), 1)], lengths
 
@@ -170,8 +170,11 @@ def _less_mean(rows: Tensor, lengths: Tensor) -> Tensor:
     """Rows minus the mean of each sequence's first ``lengths``; zero behind them."""
     inside = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).to(rows)
     weights = (inside / lengths.clamp_min(1)[:, None])[:, None]
-    for _ in range(2):  # what is left of rows that are all alike is one rounding, and alike
-        rows = (rows - weights @ rows) * inside[..., None]
+    rows = rows - weights @ rows
+    rows *= inside[..., None]
+    # What is left of rows that are all alike is one rounding, and alike.
+    rows -= weights @ rows
+    rows *= inside[..., None]
     return rows
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def _single_threaded_blas() -> AbstractContextManager[Any] | None:
-    """Context in which numpy's BLAS uses one thread a call; None where that cannot be had."""
-    # Not a dependency: it comes with scikit-learn, and so with sentence-transformers.
-    try:
-        threadpoolctl = importlib.import_module("threadpoolctl")
-    except ModuleNotFoundError:
-        return None
-    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1, user_api="blas")
-    return limits
 
 
 def each(
@@ -31,8 +19,8 @@ def each(
     """Yield ``(item, function(item))`` in order of completion.
 
     LAPACK's eigenvalue solvers hardly gain from a second thread, two of them side by side take
-    half the time. There are as many workers as torch has threads, and one (this thread) where the
-    number of BLAS threads cannot be limited. After an exception no further item is begun.
+    half the time. There are as many workers as torch has threads. After an exception no further
+    item is begun.
 
     Parameters
     ----------
@@ -44,12 +32,11 @@ def each(
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(items))
-    limits = _single_threaded_blas() if workers > 1 else None
-    if limits is None:
+    if workers < 2:
         for item in items:
             yield item, function(item)
         return
-    with limits:
+    with threadpool_limits(1, user_api="blas"):
         # torch's setting belongs to the thread that makes it, but MKL's follows every call.
         pool = ThreadPoolExecutor(workers, "fullrank-spectra", torch.set_num_threads, (1,))
         try:

@@ -8,19 +8,18 @@ singular values of a prefix whose rows are centred,
 
     phi(s) = sum log(1 + lambda / s) = log det(U_t + s) - t log s + log((s / t) 1^T (U_t + s)^-1 1)
 
-and sums over singular values are integrals of it: ``2 pi sum lambda^a / (...) = int s^(a - 1)
-phi(s) ds``, whose constant is ``pi / (a sin(pi a))``, with a = 1/2 for the sum of the singular
-values and the derivative by a there for their entropy. In ``x = log s`` the integrand is analytic
-within pi of the real axis, where the trapezoidal rule converges geometrically: with steps of
-``h`` the relative error is about ``exp(-2 pi^2 / h)``.
+Sums over singular values are integrals of it, ``2 pi sum lambda^(1/2) = int s^(-1/2) phi(s) ds``.
+In ``log s`` the integrand is analytic within pi of the real axis, so that a few nodes, evenly
+spaced, do; which weights suit them best is found by least squares: those that make of the
+functions ``log(1 + lambda / s)``, with the moments ``1``, ``lambda`` and ``lambda^2``, whose sums
+are known, the functions ``lambda^(1/2)`` and, for the entropy, ``lambda^(1/2) log lambda``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -29,20 +28,23 @@ from fullrank.linalg.blas import gram
 from fullrank.spectra.parallel import each
 
 # Between nodes in log s. Effective ranks then are off by 1e-5 of theirs or less, where one
-# direction holds almost all by 3e-5, as measured.
-_STEP = 1.8
-# The largest node over the largest eigenvalue, or nearly: three terms of the logarithm's series
-# hold beyond.
-_TOP = 10.0
-# No node is added once what is left to find is this share of the sum of singular values.
-_LEFT = 3e-6
+# direction holds almost all by 5e-5, as measured.
+_STEP = 1.9
+# The largest node, and the largest eigenvalue there may be, over the largest as estimated.
+_TOP, _LARGEST = 0.5, 1.6
+# Weights are made for eigenvalues down to so many times the smallest node.
+_FROM = 10.0
+# No node is added once the next would change effective ranks by less than this share, as judged
+# by what the last two did.
+_LEFT = 1e-5
 # Factors do in float32 while their pivots are above this share of the largest eigenvalue, and so
 # many times above what rounding does to the others.
 _SINGLE, _ABOVE_ROUNDING = 1e-5, 64
-# Rows whose largest number is smaller, or larger than its inverse, have no squares in float32.
+# Rows that are all shorter, or one longer than its inverse, have no products in float32.
 _SMALLEST = 1e-12
-# Nodes that both tails are continued to.
-_TAIL = 64
+# Prefixes whose rows have less than this share of their squares about their mean are measured in
+# float64.
+_ALIKE = 1e-4
 # Numbers in the Gram matrices that are worked on at once by a thread of the CPU: its caches hold
 # them.
 _CACHED = 2**18
@@ -87,16 +89,17 @@ def _ranks(rows: Tensor, sizes: Tensor, eps: float) -> Tensor:
         # What stands behind the longest prefix has no part in it.
         weights = (real / sizes.amax(1)[:, None]).to(rows.dtype)[:, None]
         rows = torch.where(real[..., None], rows - weights @ rows, 0.0)
-    if rows.dtype == torch.float32 and not _SMALLEST < float(rows.abs().max()) < 1 / _SMALLEST:
-        rows = rows.double()
     products = _gram(rows)
+    if rows.dtype == torch.float32 and not _SMALLEST < _longest(products) < 1 / _SMALLEST:
+        rows = rows.double()
+        products = _gram(rows)
     scale = _largest(products).double()
     scale = torch.where(scale > 0, scale, 1.0)[:, None]
-    wide = rows.double()
-    trace, alike = _traces(wide, sizes)
-    exact = partial(_gram, wide) if rows.dtype != wide.dtype else lambda: products
+    trace, squares, alike = _moments(rows, products, sizes)
+    exact = partial(_exact_gram, rows) if rows.dtype == torch.float32 else lambda: products
     determinants = _Determinants(products, exact, scale, sizes)
-    total, weighted = _integrals(determinants, trace / scale, sizes - 1)
+    known = [torch.where(alike, 0.0, sizes - 1.0), trace / scale, squares / scale**2]
+    total, weighted = _sums(determinants, known)
     total = total.clamp_min(1e-300)
     entropy = total.log() - weighted / (2 * total)
     # Of p = sigma / (sum + eps), and of the eps in the logarithm to first order.
@@ -112,6 +115,14 @@ def _gram(rows: Tensor) -> Tensor:
     return gram(rows[0].T)[None]
 
 
+def _longest(gram: Tensor) -> float:
+    return math.sqrt(float(gram.diagonal(dim1=1, dim2=2).max()))
+
+
+def _exact_gram(rows: Tensor) -> Tensor:
+    return _gram(rows.double())
+
+
 def _largest(gram: Tensor) -> Tensor:
     """Largest eigenvalue, from below, of matrices that have no negative ones; within a third."""
     # The column of the longest row is no stranger to the leading direction.
@@ -124,13 +135,25 @@ def _largest(gram: Tensor) -> Tensor:
     return found
 
 
-def _traces(rows: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the eigenvalues of each centred prefix, and whether it is all rounding."""
-    squares = torch.linalg.vector_norm(rows, dim=-1).square().cumsum(1).gather(1, sizes - 1)
-    inside = torch.arange(rows.shape[1], device=rows.device) < sizes[..., None]
-    trace = squares - (inside.to(rows.dtype) @ rows).square().sum(-1) / sizes
-    alike = trace <= 1e-13 * squares
-    return torch.where(alike, 0.0, trace), alike
+def _moments(rows: Tensor, gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of each centred prefix's eigenvalues and of their squares; whether all is rounding."""
+    inside = (torch.arange(gram.shape[1], device=gram.device) < sizes[..., None]).to(gram)
+    size = sizes.to(gram)
+    sums = (inside @ gram) * inside
+    common = sums.sum(-1) / size
+    spread = ((inside @ gram.square()) * inside).sum(-1)
+    squares = spread - 2 / size * sums.square().sum(-1) + common.square()
+    whole = (inside @ gram.diagonal(dim1=1, dim2=2)[..., None])[..., 0]
+    trace, alike = whole - common, whole <= 0
+    if bool((trace <= _ALIKE * whole).any()):
+        rows, inside = rows.double(), inside.double()
+        whole = torch.linalg.vector_norm(rows, dim=-1).square().cumsum(1).gather(1, sizes - 1)
+        trace = whole - (inside @ rows).square().sum(-1) / sizes
+        alike = trace <= 1e-13 * whole
+    none = torch.zeros((), dtype=torch.float64, device=rows.device)
+    # No sum of squares is larger than the square of the sum.
+    squares = squares.double().clamp_min(0).minimum(trace.double().square())
+    return torch.where(alike, none, trace), torch.where(alike, none, squares), alike
 
 
 class _Determinants:
@@ -195,64 +218,47 @@ class _Determinants:
         return factor.diagonal(dim1=1, dim2=2)[:, :n].double().log(), factor[:, -1, :n].double()
 
 
-class _Tail(NamedTuple):
-    """``phi`` at nodes beyond those that were computed."""
+def _sums(phi: _Determinants, known: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``sum sigma`` and ``sum sigma log sigma^2`` of every prefix.
 
-    x: Tensor
-    phi: Tensor
-
-
-def _integrals(phi: _Determinants, trace: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum sigma`` and ``sum sigma log sigma^2`` of every prefix."""
-    x, found = [math.log(_TOP)], [phi(_TOP)]
-    total = math.exp(x[0] / 2) * found[0]
-    while math.exp(x[-1] - _STEP) > phi.smallest:
-        x.append(x[-1] - _STEP)
-        found.append(phi(math.exp(x[-1])))
-        total = total + math.exp(x[-1] / 2) * found[-1]
-        if len(x) >= 3 and float(_left(x[-1], found, rank, trace, total).max()) < _LEFT:
-            break
-    upper = _above(x, found, trace)
-    lower = _below(x[-1], found)
-    nodes = torch.cat([upper.x, torch.tensor(x, dtype=upper.x.dtype, device=upper.x.device)])
-    nodes = torch.cat([nodes, lower.x])
-    values = torch.cat([upper.phi, torch.stack(found, -1), lower.phi], -1)
-    weighted = _STEP * values * (nodes / 2).exp()
-    at_half, by_log = weighted.sum(-1), (weighted * nodes).sum(-1)
-    # c = pi / (a sin(pi a)) is 2 pi at a = 1/2, and its derivative there -4 pi.
-    total = at_half / (2 * math.pi)
-    return total, by_log / (2 * math.pi) + 2 * total
-
-
-def _left(x: float, found: list[Tensor], rank: Tensor, trace: Tensor, total: Tensor) -> Tensor:
-    """Bound the share of the sum of singular values that the lower tail may get wrong."""
-    bend = found[-1] - 2 * found[-2] + found[-3]
-    # The slope counts the eigenvalues above s; each of the others may add its root.
-    slope = (found[-1] - found[-2]) / _STEP
-    missing = (rank - slope).clamp_min(0)
-    error = math.exp(x / 2) * (0.01 * bend.abs() + missing)
-    return torch.where(trace > 0, error / total.clamp_min(1e-300), 0.0)
+    Parameters
+    ----------
+    phi
+        Called at one node after another, until ranks have settled.
+    known
+        ``(B, K)`` each: how many eigenvalues, their sum, the sum of their squares.
+    """
+    found: list[Tensor] = []
+    shift, ranks, last = _TOP, known[0], math.nan
+    while True:
+        found.append(phi(shift))
+        shift *= math.exp(-_STEP)
+        weights = _weights(len(found)).to(known[0].device)
+        if shift <= phi.smallest:
+            # What no node can tell from zero is no eigenvalue.
+            above = torch.minimum((found[-1] - found[-2]) / _STEP, known[0])
+            known = [above, *known[1:]]
+        total, weighted = (torch.stack([*found, *known], -1) @ weights).unbind(-1)
+        before, ranks = ranks, torch.where(known[1] > 0, total.log() - weighted / (2 * total), 0.0)
+        change = float((ranks - before).abs().max()) if len(found) > 1 else math.nan
+        # The next change is smaller by as much again as this one where they go on as they did, and
+        # mostly by more. NaN, where there is no change to go by, is never small enough.
+        ratio = change / max(last, 1e-300)
+        if shift <= phi.smallest or change * min(ratio, 4 * ratio**2) < _LEFT:
+            return total, weighted
+        last = change
 
 
-def _above(x: list[float], found: list[Tensor], trace: Tensor) -> _Tail:
-    """Continue by ``m1 / s - m2 / 2 s^2 + m3 / 3 s^3``, whose m2 and m3 two nodes tell."""
-    s, t = math.exp(x[0]), math.exp(x[1])
-    first, second = trace / s - found[0], trace / t - found[1]
-    determinant = -1 / (6 * s**2 * t**3) + 1 / (6 * t**2 * s**3)
-    m2 = (-first / (3 * t**3) + second / (3 * s**3)) / determinant
-    m3 = (second / (2 * s**2) - first / (2 * t**2)) / determinant
-    steps = torch.arange(_TAIL, 0, -1, dtype=trace.dtype, device=trace.device)
-    nodes = x[0] + _STEP * steps
-    inverse = (-nodes).exp()
-    powers = [moment[..., None] * inverse**k / k for k, moment in ((1, trace), (2, m2), (3, m3))]
-    return _Tail(nodes, powers[0] - powers[1] + powers[2])
-
-
-def _below(x: float, found: list[Tensor]) -> _Tail:
-    """Continue by ``a + rank log(1 / s) + c s``, which the last three nodes tell."""
-    growth = math.exp(_STEP)
-    bent = (found[-1] - 2 * found[-2] + found[-3]) / (1 - growth) ** 2  # c s
-    slope = found[-1] - found[-2] - bent * (1 - growth)
-    steps = torch.arange(1, _TAIL + 1, dtype=bent.dtype, device=bent.device)
-    phi = (found[-1] - bent)[..., None] + slope[..., None] * steps
-    return _Tail(x - _STEP * steps, phi + bent[..., None] * (-_STEP * steps).exp())
+@lru_cache
+def _weights(nodes: int) -> Tensor:
+    """``(nodes + 3, 2)``: what makes the two sums of so many ``phi`` and three moments."""
+    shifts = _TOP * torch.exp(-_STEP * torch.arange(nodes, dtype=torch.float64, device="cpu"))
+    least = math.log(_FROM * float(shifts[-1]))
+    values = torch.linspace(least, math.log(_LARGEST), 500, dtype=shifts.dtype, device="cpu")
+    values = values.exp()[:, None]
+    functions = torch.cat([torch.log1p(values / shifts), *(values**k for k in range(3))], 1)
+    wanted = values.sqrt() * torch.cat([torch.ones_like(values), values.log()], 1)
+    # Of equal relative error at all eigenvalues.
+    even = values.rsqrt()
+    found: Tensor = torch.linalg.lstsq(even * functions, even * wanted, rcond=1e-12).solution
+    return found

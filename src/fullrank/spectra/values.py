@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fullrank.core.errors import InputError
-from fullrank.linalg.checks import largest_magnitude
+from fullrank.linalg.checks import all_finite
 
 Input = Literal["matrix", "singular_values"]
 
@@ -35,7 +34,7 @@ def as_tensor(x: Any, what: str, *, finite: bool = True) -> Tensor:
         raise InputError(f"{what} of {tensor.dtype}: expected a real floating-point dtype")
     if tensor.numel() == 0:
         raise InputError(f"{what} of shape {tuple(tensor.shape)} is empty")
-    if finite and not math.isfinite(largest_magnitude(tensor)):
+    if finite and not all_finite(tensor):
         raise InputError(f"{what} holds NaN or infinite values")
     return tensor
 
@@ -96,7 +95,7 @@ def _masked(Z: Tensor, center: bool, mask: Any) -> Tensor:
     kept = keep.unsqueeze(-1)
     # Rows of zeros add nothing to the singular values: no need to cut the batch up.
     Z = torch.where(kept, Z, 0.0)
-    if not torch.isfinite(Z).all():
+    if not all_finite(Z):
         raise InputError("the matrix holds NaN or infinite values in rows that count")
     if center:
         count = kept.sum(-2, keepdim=True).clamp_min(1)
