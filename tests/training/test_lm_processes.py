@@ -53,12 +53,18 @@ def found(folder, rank=0):
     return torch.load(folder / f"found-{rank}.pt", weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a run of two processes from start to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    launch(folder, settings(folder))
+    return folder
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
+def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, whole):
+    one, two = tmp_path, whole
     launch(one, settings(one, batch_size=4), processes=1)
-    launch(two, settings(two))
     first, second, other = found(one), found(two), found(two, rank=1)
     torch.testing.assert_close(second["losses"], first["losses"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(second["metrics"], first["metrics"], rtol=1e-4, atol=1e-5)
@@ -72,10 +78,8 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_stopping_stops_both_and_they_go_on_bit_by_bit(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    launch(whole, settings(whole))
+def test_one_process_stopping_stops_both_and_they_go_on_bit_by_bit(tmp_path, whole):
+    parts = tmp_path
     launch(parts, settings(parts), "6")
     assert (parts / "stopped-0").exists()
     assert (parts / "stopped-1").exists()
