@@ -13,8 +13,9 @@ from tiny_models import sentence_model
 
 from fullrank.compress import LowRankLinear
 from fullrank.core import InputError
-from fullrank.retrieval import Encoder
-from fullrank.retrieval.fast_encoder_int8 import is_supported
+from fullrank.retrieval import Encoder, fast_encoder_int8
+from fullrank.retrieval.fast_encoder import read_model
+from fullrank.retrieval.fast_encoder_int8 import is_supported, quantize
 
 TEXTS = [
     "", "a", "singular values", "Noise in transistor amplifiers at low frequencies.",
@@ -137,6 +138,23 @@ def test_factorised_models_run_packed(exact, dtype):
     else:
         cosines = (encoder.encode(TEXTS) * library(model, TEXTS)).sum(1)
         assert cosines.mean() > 0.99
+
+
+@needs_int8
+def test_thick_factors_are_multiplied_out_on_cpus_with_amx(exact, monkeypatch):
+    model = copy.deepcopy(exact.model)
+    for layer in model[0].auto_model.encoder.layer:
+        inside = layer.attention.self
+        inside.query, inside.key = factorised(inside.query), factorised(inside.key)
+        inside.value = factorised(inside.value)
+        layer.output.dense = factorised(layer.output.dense, 96)
+    monkeypatch.setattr(fast_encoder_int8, "has_amx", lambda: True)
+    block = quantize(read_model(model), [[2, 3, 4], [5, 6, 7, 8]]).blocks[0]
+    assert [len(chain.layers) for chain in block.projections] == [1]
+    assert len(block.down.layers) == 2
+    monkeypatch.setattr(fast_encoder_int8, "has_amx", lambda: False)
+    block = quantize(read_model(model), [[2, 3, 4], [5, 6, 7, 8]]).blocks[0]
+    assert [len(chain.layers) for chain in block.projections] == [2, 2, 2]
 
 
 def factorised(linear, rank=160):

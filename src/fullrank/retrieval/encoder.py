@@ -153,7 +153,10 @@ class Encoder:
 
     @property
     def key(self) -> str:
-        """SHA-256 over weights, configuration and dtype: equal keys give equal vectors."""
+        """SHA-256 over weights, configuration and dtype: equal keys give equal vectors.
+
+        On another kind of CPU, equal up to rounding, which in 8 bits is a hundredth.
+        """
         engine = self._engine()
         with self._lock:
             if self._key is None:
@@ -170,8 +173,11 @@ class Encoder:
         """
         import torch
 
-        cpu = torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else ""
-        machine = [torch.__version__, self.device.type, cpu]
+        from fullrank.retrieval.fast_encoder_int8 import has_amx
+
+        machine = [torch.__version__, self.device.type]
+        if self.device.type == "cpu":
+            machine += [torch.backends.cpu.get_cpu_capability(), f"amx={has_amx()}"]
         settings = [self._wanted, self.max_tokens, sorted(self._prompts.items())]
         return _content_hash(self.model, [_VERSION, *machine, *settings])
 

@@ -62,6 +62,14 @@ class Chain(tuple[Factor, ...]):
             x = functional.linear(x, weight, bias)
         return x
 
+    def multiplied_out(self) -> Chain:
+        """Return the same map as one matrix."""
+        if len(self) == 1:
+            return self
+        first, second = self
+        assert first.bias is None
+        return Chain([Factor(second.weight @ first.weight, second.bias)])
+
 
 class Trace(NamedTuple):
     """What flows through a block: the inputs of its four linear stages, and its output."""
@@ -94,11 +102,17 @@ class FloatBlock:
         activation: Callable[[Tensor], Tensor],
         heads: int,
     ) -> None:
-        self.projections = projections
+        self.projections = _fused(projections)
         self.out, self.up, self.down = out, up, down
         self.norms = norms
         self.activation = activation
         self.heads = heads
+
+    def with_maps(self, function: Callable[[Chain], Chain]) -> FloatBlock:
+        """Return the layer with other forms of its linear maps."""
+        out, up, down = map(function, (self.out, self.up, self.down))
+        projections = tuple(map(function, self.projections))
+        return FloatBlock(projections, out, up, down, self.norms, self.activation, self.heads)
 
     def trace(self, h: Tensor, groups: Groups) -> Trace:
         """Run the layer and keep what its linear stages were given."""
@@ -110,6 +124,14 @@ class FloatBlock:
     def __call__(self, h: Tensor, groups: Groups) -> Tensor:
         """Return the layer's output ``(T, d)``."""
         return self.trace(h, groups).out
+
+
+def _fused(projections: tuple[Chain, ...]) -> tuple[Chain, ...]:
+    """Make one matrix of three, where they are one each."""
+    if len(projections) == 1 or any(len(each) > 1 or each[0].bias is None for each in projections):
+        return projections
+    weights, biases = zip(*(each[0] for each in projections), strict=True)
+    return (Chain([Factor(torch.cat(weights), torch.cat(biases))]),)
 
 
 def project(
@@ -288,14 +310,8 @@ def _read_transformer(
 
 def _block(layer: Any, dtype: torch.dtype) -> FloatBlock:
     attention, inside = layer.attention, layer.attention.self
-    projections = tuple(_chain(m, dtype) for m in (inside.query, inside.key, inside.value))
-    if all(len(chain_) == 1 for chain_ in projections) and all(
-        chain_[0].bias is not None for chain_ in projections
-    ):
-        weights, biases = zip(*(chain_[0] for chain_ in projections), strict=True)
-        projections = (Chain([Factor(torch.cat(weights), torch.cat(biases))]),)
     return FloatBlock(
-        projections,
+        tuple(_chain(m, dtype) for m in (inside.query, inside.key, inside.value)),
         _chain(attention.output.dense, dtype),
         _chain(layer.intermediate.dense, dtype),
         _chain(layer.output.dense, dtype),
