@@ -172,9 +172,10 @@ def _eva(
     tau: float = 0.99,
     whiten: bool = False,
     use_label_mask: bool = True,
-    solver: eva.Method = "gram",
+    solver: Literal["gram", "ipca"] = "gram",
     center: bool = True,
     max_batches: int = 64,
+    min_tokens: int = 0,
 ) -> tuple[Any, Found]:
     peft = require("peft", extra="adapters")
     settings = peft.EvaConfig(rho=rho, tau=tau, whiten=whiten, use_label_mask=use_label_mask)
@@ -186,6 +187,7 @@ def _eva(
         method=solver,
         center=center,
         max_batches=max_batches,
+        min_tokens=min_tokens,
         forward_fn=request.forward_fn,
         progress=request.progress,
     )

@@ -15,6 +15,16 @@ from torch import Tensor
 from fullrank.core.errors import InputError, require
 from fullrank.core.files import atomic_write
 
+# What a LoRA configuration may train beside factors of linear layers, and when it does not.
+_BESIDE = {
+    "bias": "none",
+    "lora_bias": False,
+    "use_dora": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "modules_to_save": None,
+}
+
 
 class LowRank(NamedTuple):
     """An update ``B A`` of a weight ``(out, in)``: A is ``(r, in)``, B ``(out, r)``."""
@@ -50,6 +60,13 @@ def exactly(name: str) -> str:
     PEFT reads keys as ends of names: ``"q"`` also means ``"block.q"``.
     """
     return r"(?:^|(?<=^base_model\.model\.))" + name.replace(".", r"\.")
+
+
+def trained_beside(config: Any) -> list[str]:
+    """Settings by which a configuration trains more than factors of linear layers."""
+    return [
+        name for name, none in _BESIDE.items() if getattr(config, name, None) not in (none, None)
+    ]
 
 
 def write_lora(

@@ -29,6 +29,7 @@ from fullrank.adapters.gradients import (
     loss_of,
 )
 from fullrank.adapters.layer_inputs import keep_dtype, lora_layers
+from fullrank.adapters.lora_files import trained_beside
 from fullrank.adapters.lora_ga_model import Mode, install, oriented, saves_for_the_base
 from fullrank.adapters.lora_ga_start import (
     Direction,
@@ -45,14 +46,6 @@ Estimate = Literal["auto", "exact", "sketch"]
 
 # Whole gradients that take more are sketched by default.
 _MOST_BYTES = 2**30
-# What a start and its files do not hold: anything but factors of linear layers.
-_BESIDE = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_dora": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-}
 
 
 @dataclass(frozen=True)
@@ -183,8 +176,9 @@ def initialize(
             raise InputError(f"{name}={value!r}; it is one of {', '.join(known)}")
     if n_batches < 1 or gamma <= 0:
         raise InputError(f"n_batches={n_batches}, gamma={gamma}; both are positive")
-    for name, plain in _BESIDE.items():
-        if getattr(config, name, None) not in (plain, None):
+    for name in trained_beside(config):
+        # Modules that are trained as a whole are saved as a whole.
+        if name != "modules_to_save":
             raise InputError(
                 f"{name}={getattr(config, name)!r}: LoRA-GA starts and saves factors of linear "
                 "layers, and nothing beside them; leave it out"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fullrank.adapters.export import to_lora
-from fullrank.adapters.lora_files import LowRank, exact_targets
+from fullrank.adapters.lora_files import LowRank, exact_targets, trained_beside
 from fullrank.adapters.lora_ga_model import changed_base
 from fullrank.core.errors import InputError, require
 from fullrank.core.table import Cell, Table
@@ -187,9 +187,7 @@ def merge_adapters(
 
 def _check_alone(name: str, config: Any) -> None:
     """Raise where more was trained than updates of linear layers, which are all that add up."""
-    usual = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
-    beside = [key for key, none in usual.items() if getattr(config, key, None) not in (none, None)]
-    if beside:
+    if beside := trained_beside(config):
         raise InputError(
             f"{name!r} was trained with {', '.join(beside)}, which the sum of updates would leave "
             "out; merge adapters of linear layers alone"
