@@ -63,10 +63,10 @@ def main() -> None:
     rows = []
     for (target, who), values in found.items():
         bits = [v[0] for v in values]
-        spread = statistics.stdev(bits) if len(bits) > 1 else 0.0
+        spread = f" ± {statistics.stdev(bits):.4f}" if len(bits) > 1 else ""
         mean = [statistics.fmean(v[i] for v in values) for i in (1, 2)]
         rows.append([target, who, len(bits), mean[1], round(mean[0]),
-                     f"{statistics.fmean(bits):.4f} ± {spread:.4f}"])  # fmt: skip
+                     f"{statistics.fmean(bits):.4f}{spread}"])  # fmt: skip
     columns = ["reduction asked", "trained", "seeds", "kept", "trained parameters"]
     print(
         Table(
