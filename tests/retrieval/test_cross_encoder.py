@@ -143,9 +143,9 @@ def test_weights_are_read_once(folder, monkeypatch):
 def test_long_texts_share_one_tokenizer(reranker, monkeypatch):
     again = CrossEncoderReranker(reranker.model)
     copies = []
-    original = cross_encoder_module.uncut_tokenizer
+    original = cross_encoder_module.rust_tokenizer
     monkeypatch.setattr(
-        cross_encoder_module, "uncut_tokenizer", lambda t: copies.append(t) or original(t)
+        cross_encoder_module, "rust_tokenizer", lambda t: copies.append(t) or original(t)
     )
     again.score([("rank", f"rank {i} " * 1000) for i in range(5)])
     assert len(copies) == 1

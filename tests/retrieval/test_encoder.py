@@ -271,6 +271,13 @@ def test_max_tokens(tiny):
             Encoder(tiny, max_tokens=wrong)
 
 
+def test_positions_that_begin_behind_padding_are_fewer(tiny):
+    like_roberta = copy.deepcopy(tiny)
+    like_roberta[0].auto_model.embeddings.position_embeddings.padding_idx = 1
+    with pytest.raises(InputError, match="3 to 62"):
+        Encoder(like_roberta, max_tokens=63)
+
+
 def test_more_texts_than_a_window(tiny, monkeypatch):
     from fullrank.retrieval import encoder as module
 

@@ -97,13 +97,12 @@ def tokenise(
     """Turn texts into one batch for this model."""
     if is_sentence_transformer(model):
         encoder: Any = model
-        before = encoder.max_seq_length
+        options = {}
         if max_length is not None:
-            encoder.max_seq_length = min(max_length, before or max_length)
-        try:
-            features = encoder.preprocess(texts)
-        finally:
-            encoder.max_seq_length = before
+            # For this call only: the model keeps its own limit.
+            cut = {"max_length": min(max_length, encoder.max_seq_length or max_length)}
+            options = {"processing_kwargs": {"text": {**cut, "truncation": True}}}
+        features = encoder.preprocess(texts, **options)
         return {k: v for k, v in features.items() if isinstance(v, Tensor)}
     if tokenizer is None:
         raise InputError("texts were given without a tokenizer; pass tokenizer=, or batches")

@@ -15,9 +15,9 @@ from fullrank.core.errors import InputError, require
 from fullrank.core.models import find_model, load_model, quiet_transformers
 from fullrank.core.progress import progress as progress_bar
 from fullrank.core.run import Run
-from fullrank.retrieval.passages import uncut_tokenizer
 from fullrank.retrieval.reranker import RerankerStage, with_tail
 from fullrank.retrieval.retriever import candidates, check_depth, readable
+from fullrank.retrieval.rust_tokenizers import rust_tokenizer
 
 # Batches between two steps of the progress bar.
 _STEP = 16
@@ -129,7 +129,7 @@ class CrossEncoderReranker(RerankerStage):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return uncut_tokenizer(self.model.tokenizer)
+        return rust_tokenizer(self.model.tokenizer)
 
     def _head(self, text: str) -> str:
         """Cut off what can never be seen: tokenizers take quadratic time to shorten a pair."""

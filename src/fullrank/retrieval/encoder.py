@@ -17,6 +17,7 @@ from fullrank.core.errors import InputError, require
 from fullrank.core.models import DEFAULT_ENCODER, load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
 from fullrank.retrieval.retriever import readable
+from fullrank.retrieval.rust_tokenizers import rust_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ class Encoder:
         self._state: tuple[tuple[int, int], ...] | None = None
         self._built: _Engine | None = None
         self._key: str | None = None
-        self._cut = _truncating(self.tokenizer, self.max_tokens)
+        self._cut = rust_tokenizer(self.tokenizer, self.max_tokens)
         self._named = None if not isinstance(model, (str, Path)) else str(model)
         self._loaded = _weight_state(self.model)
 
@@ -321,8 +322,13 @@ def _token_limit(model: Any, wanted: int | None) -> int:
     own = model.max_seq_length
     if own is not None and own > _NO_LIMIT:
         own = None
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    most = getattr(config, "max_position_embeddings", None)
+    inner = getattr(model[0], "auto_model", None)
+    most = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+    table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    if most is not None and padding is not None:
+        # RoBERTa and its kin count positions from behind that of padding.
+        most -= padding + 1
     if wanted is None:
         return int(own or most or 512)
     if wanted < 3 or (most is not None and wanted > most):
@@ -336,17 +342,6 @@ def _prompt(model: Any, kind: str, given: str | None) -> str:
     prompts = getattr(model, "prompts", None) or {}
     # The library gives every model empty prompts of its own names; those do not count.
     return next((prompts[name] for name in _PROMPTS[kind] if prompts.get(name)), "")
-
-
-def _truncating(tokenizer: Any, max_tokens: int) -> Any:
-    """Return a copy of the Rust tokenizer that cuts texts and never pads, or None."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    own = type(backend).from_str(backend.to_str())
-    own.no_padding()
-    own.enable_truncation(max_tokens)
-    return own
 
 
 def _weight_state(model: Any) -> tuple[tuple[int, int], ...]:
@@ -396,7 +391,7 @@ def _content_hash(model: Any, settings: list[Any]) -> str:
             if k not in ("_name_or_path", "transformers_version", "dtype")
         }
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    if (tokenizer := _truncating(model.tokenizer, 8)) is not None:
+    if (tokenizer := rust_tokenizer(model.tokenizer, 8)) is not None:
         digest.update(tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +130,9 @@ def checked_documents(documents: Iterable[Document] | Corpus) -> dict[str, Docum
     return {document.id: document for document in Corpus.from_documents(rows)}
 
 
-def rewrite(old: View, new: Mapping[str, Document], gone: Iterable[str], options: Options) -> None:
+def rewrite(
+    old: View, new: Mapping[str, Document], gone: Collection[str], options: Options
+) -> None:
     """Write a generation that shares most of its documents with the old one.
 
     Call within :func:`changing`.
@@ -146,6 +148,8 @@ def rewrite(old: View, new: Mapping[str, Document], gone: Iterable[str], options
     options
         Of which only new documents need the cache.
     """
+    if not new and not gone:
+        return
     documents, origin = _changed(old.corpus, new, set(gone))
     corpus = Corpus.from_documents(documents)
     folder, manifest = old.folder, old.manifest

@@ -14,6 +14,7 @@ from fullrank.core.corpus import Corpus
 from fullrank.core.errors import InputError
 from fullrank.core.progress import progress as progress_bar
 from fullrank.retrieval.retriever import readable
+from fullrank.retrieval.rust_tokenizers import rust_tokenizer
 
 if TYPE_CHECKING:
     from fullrank.retrieval.encoder import Encoder
@@ -146,7 +147,7 @@ def split_passages(
     """
     if not 0 <= overlap <= 0.9:
         raise InputError(f"overlap is {overlap}; it is a share between 0 and 0.9")
-    tokenizer = uncut_tokenizer(encoder.tokenizer)
+    tokenizer = rust_tokenizer(encoder.tokenizer)
     contents = corpus.contents
     if tokenizer is None:
         return Passages.whole(contents)
@@ -209,14 +210,3 @@ def _between_words(words: Sequence[int | None], at: int, least: int) -> int:
         if words[cut] != words[cut - 1]:
             return cut
     return at
-
-
-def uncut_tokenizer(tokenizer: Any) -> Any:
-    """Return a copy of a model's Rust tokenizer, without truncation and padding, or None."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    own = type(backend).from_str(backend.to_str())
-    own.no_padding()
-    own.no_truncation()
-    return own
