@@ -189,7 +189,13 @@ def test_a_server_that_refuses_or_is_gone_is_said(browser, url):
         status=404, json={"error": "not_found", "detail": "it went"}
     ))  # fmt: skip
     page.locator("#results .title").first.click()
-    until(lambda: page.locator("#results .document").first.inner_text() == "Not shown: it went")
+    document = page.locator("#results .document").first
+    until(lambda: document.inner_text() == "Not shown: it went")
+    # Folded and unfolded, it is asked for again.
+    page.unroute("**/document?*")
+    for _ in range(2):
+        page.locator("#results .title").first.click()
+    until(lambda: "matrix" in document.inner_text())
     page.context.close()
 
 

@@ -65,7 +65,7 @@ function scoreList(scores, top) {
   );
 }
 
-/** One result; `open(id, panel)` fills the panel when it is first unfolded. */
+/** One result; `open(id, panel)` fills the panel when it is unfolded, until it says that it has. */
 function resultItem(result, top, open) {
   const panelId = `document-${result.rank}`;
   const title = el(
@@ -75,12 +75,15 @@ function resultItem(result, top, open) {
   );
   const panel = el("pre", { id: panelId, class: "document", tabindex: "0", hidden: "" });
   const snippet = el("p", { class: "snippet" }, marked(result.snippet.text, result.snippet.highlights));
-  title.addEventListener("click", () => {
+  let asked = false;
+  title.addEventListener("click", async () => {
     const unfold = panel.hidden;
     panel.hidden = !unfold;
     snippet.hidden = unfold;
     title.setAttribute("aria-expanded", String(unfold));
-    if (unfold && !panel.hasChildNodes()) open(result.id, panel);
+    if (!unfold || asked) return;
+    asked = true;
+    asked = await open(result.id, panel);
   });
   return el(
     "li",

@@ -60,14 +60,17 @@ function show(answer) {
   else say(`Nothing found by ${answer.system}. Try other words, or another system.`);
 }
 
+/** Show a document; whether there was an answer. */
 async function openDocument(id, panel) {
   panel.textContent = "…";
   try {
     const found = await get(`/document?${new URLSearchParams({ id })}`);
     panel.textContent = found.truncated ? `${found.text}\n… (cut: the document is very long)` : found.text;
     if (!panel.textContent) panel.textContent = "(an empty document)";
+    return true;
   } catch (error) {
     panel.textContent = message(error, "Not shown");
+    return false;
   }
 }
 
