@@ -22,7 +22,7 @@ from fullrank.demo.encoding import Encoded, Encoding
 from fullrank.demo.memory import give_back_memory, peak_bytes
 from fullrank.demo.outcome import Outcome, Sizes
 from fullrank.demo.pages import write_report
-from fullrank.demo.systems import Pipelines, Settings, latencies
+from fullrank.demo.systems import Pipelines, Settings, encoding_rates, latencies
 
 RESULTS = "results.json"
 _STEPS = 8
@@ -266,9 +266,9 @@ def _sizes(out: Path, config: DemoConfig, index: Any, data: Any) -> list[Sizes]:
         "tuned": out / "models" / "tuned",
         "shrunk": out / "models" / "shrunk",
     }
-    texts = data.corpus.contents[:: max(1, len(data.corpus) // 96)]
+    encoders = {n: index.encoders[n].loaded for n, folder in folders.items() if folder.is_dir()}
+    rates = encoding_rates(encoders, data.corpus.contents)
     return [
-        Sizes.measure(name, index.encoders[name].loaded, texts, steps.folder_bytes(folder))
-        for name, folder in folders.items()
-        if folder.is_dir()
+        Sizes.of(name, encoder, steps.folder_bytes(folders[name]), rates[name])
+        for name, encoder in encoders.items()
     ]

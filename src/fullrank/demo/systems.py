@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +126,22 @@ def latencies(stage: Stage, queries: Mapping[str, str]) -> tuple[float, float]:
     # The first ones pay for what is loaded once.
     warm = taken[min(5, len(taken) - 1) :]
     return float(np.percentile(warm, 50)), float(np.percentile(warm, 99))
+
+
+def encoding_rates(encoders: Mapping[str, Any], texts: Sequence[str]) -> dict[str, float]:
+    """Documents a second by each encoder: the fastest of three turns, all see the same machine."""
+    from fullrank.bench.timing import Step, Stopwatch, interleaved_times
+
+    sample = texts[:: max(1, len(texts) // 32)]
+
+    def step(encoder: Any) -> Step:
+        def encode(clock: Stopwatch) -> tuple[float]:
+            began = clock()
+            encoder.encode(sample)
+            return (clock() - began,)
+
+        return encode
+
+    turns = {name: step(encoder) for name, encoder in encoders.items()}
+    found = interleaved_times(turns, time.perf_counter, cycle=1, cycles=3, warmup=1, turn=1)
+    return {name: 1e3 * len(sample) / milliseconds for name, (milliseconds,) in found.items()}
