@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fullrank.linalg import blas, gram_spectrum
 from fullrank.linalg.gram_svd import gram_svd
@@ -14,6 +15,10 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def blas_threads():
+    return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
 
 
 def draw(*shape, dtype=torch.float64):
@@ -41,6 +46,16 @@ def test_what_is_built_on_them(threads):
     torch.testing.assert_close(gram_spectrum(A), torch.linalg.svdvals(A), rtol=1e-10, atol=0)
     (U, S, Vh), _ = gram_svd(A, 9)
     torch.testing.assert_close((U * S) @ Vh, A, rtol=0, atol=1e-10)
+
+
+def test_numpy_keeps_to_one_thread_and_gets_its_own_back():
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        with blas._one_thread():
+            assert blas_threads() == {1}
+            with blas._one_thread():
+                assert blas_threads() == {1}
+        assert blas_threads() == before
 
 
 def test_numpy_has_its_turn_with_one_thread_only(threads):
