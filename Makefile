@@ -5,7 +5,7 @@
 #   PYTHON=python3.12       another interpreter (3.11 or newer)
 #   TORCH_INDEX=URL         an extra package index to take torch from, e.g. PyTorch's CPU wheels
 #   DEMO_ARGS="--quick"     passed on to `fullrank demo`
-#   JOBS=2                  test files that run side by side
+#   JOBS=2                  checks, and test files, that run side by side
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -20,7 +20,10 @@ INSTALLED := .venv/.installed
 demo: install
 	$(BIN)/fullrank demo $(DEMO_ARGS)
 
-test: lint types layers docs wheel unit
+# Checks that keep one core busy each go side by side; the tests have all cores to themselves.
+test: install
+	$(MAKE) -j $(JOBS) lint types layers docs wheel
+	$(MAKE) unit
 
 install: $(INSTALLED)
 
