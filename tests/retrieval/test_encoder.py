@@ -171,11 +171,14 @@ def test_weights_that_change_are_read_again(tiny):
     model = copy.deepcopy(tiny)
     encoder = Encoder(model, dtype="float32")
     before, key, state = encoder.encode(["a cat"]), encoder.key, encoder.state
+    fingerprint = encoder.fingerprint
+    assert encoder.fingerprint == fingerprint == Encoder(model, dtype="float32").fingerprint
     with torch.no_grad():
         model[0].auto_model.encoder.layer[0].output.dense.weight.mul_(1.5)
     after = encoder.encode(["a cat"])
     assert np.abs(after - before).max() > 1e-3
     assert encoder.key != key
+    assert encoder.fingerprint != fingerprint
     assert encoder.state != state
     np.testing.assert_allclose(after, library(model, ["a cat"]), atol=1e-5)
 
