@@ -173,6 +173,10 @@ def test_weights_that_change_are_read_again(tiny):
     before, key, state = encoder.encode(["a cat"]), encoder.key, encoder.state
     fingerprint = encoder.fingerprint
     assert encoder.fingerprint == fingerprint == Encoder(model, dtype="float32").fingerprint
+    model.truncate_dim = 4
+    assert encoder.fingerprint != fingerprint
+    model.truncate_dim = None
+    assert encoder.fingerprint == fingerprint
     with torch.no_grad():
         model[0].auto_model.encoder.layer[0].output.dense.weight.mul_(1.5)
     after = encoder.encode(["a cat"])

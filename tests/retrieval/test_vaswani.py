@@ -40,7 +40,8 @@ def test_bm25(data):
 def test_dense(data, dense, reached):
     # Abstracts are short: splitting into passages changes next to nothing.
     assert len(data.corpus) <= len(dense.passages) < 1.01 * len(data.corpus)
-    # What float32 reaches; in 8 bits it is within half a percent of that.
+    # What float32 reaches: 8 bits are half a percent worse at most.
+    assert reached["nDCG@10"] >= 0.995 * 0.4335
     assert reached["nDCG@10"] == pytest.approx(0.4335, abs=0.003)
     assert reached["AP"] == pytest.approx(0.2528, abs=0.003)
     assert reached["R@100"] == pytest.approx(0.6074, abs=0.003)

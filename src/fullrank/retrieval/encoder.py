@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy.typing as npt
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import DEFAULT_ENCODER, load_sentence_transformer
 from fullrank.core.progress import progress as progress_bar
+from fullrank.retrieval.encoder_identity import content_hash, described, weight_state
 from fullrank.retrieval.retriever import readable
 from fullrank.retrieval.rust_tokenizers import rust_tokenizer
 
@@ -123,7 +122,7 @@ class Encoder:
         self._fingerprint: tuple[Any, str] | None = None
         self._cut = rust_tokenizer(self.tokenizer, self.max_tokens)
         self._named = None if not isinstance(model, (str, Path)) else str(model)
-        self._loaded = _weight_state(self.model)
+        self._loaded = weight_state(self.model)
 
     def __repr__(self) -> str:
         return f"Encoder(dimension={self.dimension}, max_tokens={self.max_tokens})"
@@ -147,7 +146,7 @@ class Encoder:
     @property
     def source(self) -> str | None:
         """Name or folder it was made from; None for a model object or weights changed since."""
-        return self._named if _weight_state(self.model) == self._loaded else None
+        return self._named if weight_state(self.model) == self._loaded else None
 
     def prompt(self, kind: Kind) -> str:
         """Return what is put in front of every text of this kind."""
@@ -163,7 +162,7 @@ class Encoder:
         with self._lock:
             if self._key is None:
                 settings = [_VERSION, engine.dtype, self.max_tokens, sorted(self._prompts.items())]
-                self._key = _content_hash(self.model, [*settings, engine.packed is None])
+                self._key = content_hash(self.model, [*settings, engine.packed is None])
             return self._key
 
     @property
@@ -180,18 +179,18 @@ class Encoder:
         machine = [torch.__version__, self.device.type]
         if self.device.type == "cpu":
             machine += [torch.backends.cpu.get_cpu_capability(), f"amx={has_amx()}"]
-        settings = [self._wanted, self.max_tokens, sorted(self._prompts.items())]
-        # Hashing all weights takes a tenth of a second; the rest is told apart by itself.
-        asked = (self.state, repr([machine, settings]))
+        prompts = sorted(self._prompts.items())
+        settings = [_VERSION, *machine, self._wanted, self.max_tokens, prompts]
+        # Weights take a tenth of a second, so they are read again only when they changed.
+        asked = (self.state, described(self.model, settings).hexdigest())
         if self._fingerprint is None or self._fingerprint[0] != asked:
-            found = _content_hash(self.model, [_VERSION, *machine, *settings])
-            self._fingerprint = asked, found
+            self._fingerprint = asked, content_hash(self.model, settings)
         return self._fingerprint[1]
 
     @property
     def state(self) -> tuple[tuple[int, int], ...]:
         """Something cheap that changes when a weight is written to, replaced or moved."""
-        return _weight_state(self.model)
+        return weight_state(self.model)
 
     def encode(
         self, texts: Sequence[str], *, kind: Kind = "document", progress: bool = False
@@ -350,11 +349,6 @@ def _prompt(model: Any, kind: str, given: str | None) -> str:
     return next((prompts[name] for name in _PROMPTS[kind] if prompts.get(name)), "")
 
 
-def _weight_state(model: Any) -> tuple[tuple[int, int], ...]:
-    """Where each weight is, and how often it was written to."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-
-
 def _bfloat16_pays(device: torch.device) -> bool:
     import torch
 
@@ -378,30 +372,3 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         held += lengths[row]
     if batch:
         yield batch
-
-
-def _content_hash(model: Any, settings: list[Any]) -> str:
-    import torch
-
-    if (cut := model.truncate_dim) is not None:
-        settings = [*settings, cut]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for module in model:
-        described: Any = getattr(module, "get_config_dict", dict)()
-        digest.update(f"{type(module).__name__}{described!r}".encode())
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    if config is not None:
-        known = {
-            k: v
-            for k, v in config.to_dict().items()
-            if k not in ("_name_or_path", "transformers_version", "dtype")
-        }
-        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    if (tokenizer := rust_tokenizer(model.tokenizer, 8)) is not None:
-        digest.update(tokenizer.to_str().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        # Viewed as bytes: numpy has no bfloat16.
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return digest.hexdigest()
