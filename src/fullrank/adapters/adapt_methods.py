@@ -172,7 +172,7 @@ def _eva(
     tau: float = 0.99,
     whiten: bool = False,
     use_label_mask: bool = True,
-    solver: Literal["gram", "ipca"] = "gram",
+    solver: eva.Solver = "gram",
     center: bool = True,
     max_batches: int = 64,
     min_tokens: int = 0,

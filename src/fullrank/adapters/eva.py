@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fullrank.adapters.eva_report import EvaReport as EvaReport
-from fullrank.adapters.eva_search import Method, Search
+from fullrank.adapters.eva_search import Search
+from fullrank.adapters.eva_search import Solver as Solver
 from fullrank.adapters.layer_inputs import keep_dtype, lora_layers, token_mask
 from fullrank.adapters.lora_files import exact_targets, exactly
 from fullrank.core.batches import call
@@ -26,7 +27,7 @@ def initialize(
     model: nn.Module,
     dataloader: Iterable[Any],
     adapter_name: str = "default",
-    method: Method = "gram",
+    method: Solver = "gram",
     *,
     center: bool = True,
     max_batches: int = 64,

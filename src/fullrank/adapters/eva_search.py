@@ -21,7 +21,7 @@ from fullrank.core.modes import evaluating
 from fullrank.core.names import canonical_name, model_fingerprint
 from fullrank.core.progress import progress as progress_bar
 
-Method = Literal["gram", "ipca"]
+Solver = Literal["gram", "ipca"]
 
 # Above this width an n x n matrix of second moments costs more than the incremental way.
 _WIDEST = 8192
@@ -36,7 +36,7 @@ class Search:
         layers: dict[str, Any],
         adapter: str,
         options: Any,
-        method: Method,
+        method: Solver,
         center: bool,
     ) -> None:
         self.model, self.layers, self.options = model, layers, options

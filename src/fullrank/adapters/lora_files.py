@@ -19,7 +19,6 @@ from fullrank.core.files import atomic_write
 _BESIDE = {
     "bias": "none",
     "lora_bias": False,
-    "use_dora": False,
     "target_parameters": None,
     "trainable_token_indices": None,
     "modules_to_save": None,

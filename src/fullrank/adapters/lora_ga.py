@@ -176,7 +176,8 @@ def initialize(
             raise InputError(f"{name}={value!r}; it is one of {', '.join(known)}")
     if n_batches < 1 or gamma <= 0:
         raise InputError(f"n_batches={n_batches}, gamma={gamma}; both are positive")
-    for name in trained_beside(config):
+    scaled = ["use_dora"] if getattr(config, "use_dora", False) else []
+    for name in [*trained_beside(config), *scaled]:
         # Modules that are trained as a whole are saved as a whole.
         if name != "modules_to_save":
             raise InputError(
