@@ -3,6 +3,7 @@
 python lm_worker.py FOLDER SETTINGS.json [STEP]; FOLDER gets weights and curves.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -17,9 +18,18 @@ from fullrank.training import LMTraining, train_lm
 SONG = Texts.divided("song", ["the cat sat on the mat and the dog sat on the log. " * 40])
 
 
+def threads_left(folder, rank):
+    # Threads of the process group that outlive it can abort the interpreter as it ends.
+    tasks = Path("/proc/self/task")
+    left = [p.read_text().strip() for p in tasks.glob("*/comm")]
+    Path(folder, f"threads-{rank}.json").write_text(json.dumps(left))
+
+
 def main(folder, settings, step=None):
     run = LMTraining.of(json.loads(Path(settings).read_text()))
     rank = int(os.environ.get("RANK", "0"))
+    # What is registered first is called last.
+    atexit.register(threads_left, folder, rank)
     if step is not None and rank == 1:
         from transformers import Trainer
 

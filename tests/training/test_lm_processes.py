@@ -73,6 +73,9 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(tmp_path, whole)
     assert first["metrics"][-1] < first["metrics"][0]
     for name, weight in second["weights"].items():
         assert torch.equal(weight, other["weights"][name])
+    for rank in range(2):
+        threads = json.loads((two / f"threads-{rank}.json").read_text())
+        assert not [name for name in threads if "gloo" in name]
     assert (two / "run" / "training.json").is_file()
     assert not (two / "run" / "checkpoints").exists()
 

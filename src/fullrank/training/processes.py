@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -48,11 +49,14 @@ class Processes:
     def join(self, device: torch.device) -> None:
         """Meet the others; to be called before anything else is asked of them."""
         if self.count > 1:
+            # Imported once there is a group, by the first model spread over it, this module keeps
+            # the group, and with it its threads, to the very end.
+            import torch._dynamo  # noqa: F401
             from accelerate import PartialState
 
             on_cpu = device.type == "cpu"
             PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl")
-            # Threads of a group that is there at the end of the process may abort it.
+            # Threads of a group that is there when the interpreter ends may abort the process.
             atexit.unregister(_leave)
             atexit.register(_leave)
 
@@ -109,6 +113,8 @@ def checked_device(name: str) -> torch.device:
 
 
 def _leave() -> None:
+    # Models spread over the group hold it in cycles.
+    gc.collect()
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
