@@ -49,5 +49,7 @@ def orthonormal_basis(matrix: Tensor, *, rtol: float | None = None) -> Tensor:
 
 def orthonormalised(columns: Tensor) -> Tensor:
     """Q of a QR factorisation: as many columns as there were, orthonormal whatever their rank."""
-    Q: Tensor = torch.linalg.qr(columns)[0]
+    # torch.linalg.qr would make R as well.
+    reflectors, tau = torch.geqrf(columns)
+    Q: Tensor = torch.linalg.householder_product(reflectors[:, : len(tau)], tau)
     return Q

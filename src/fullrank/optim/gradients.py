@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,19 +47,35 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     gradient of norm 2e19 counts as infinite.
     """
     found: list[Tensor] = [torch.empty(0)] * len(grads)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, grad in enumerate(grads):
-        kinds.setdefault((grad.device, grad.dtype), []).append(i)
-    for (_, dtype), members in kinds.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        values = torch._foreach_norm([local(grads[i]) for i in members], 2, dtype=wide)
+    for members in _alike(grads):
+        values: Sequence[Tensor] = _norms([local(grads[i]) for i in members])
         if any(is_sharded(grads[i]) for i in members):
             # In float64, which the squares of float32 norms fit.
-            squares = torch.stack(values).double().square_()
+            squares = torch.stack(list(values)).double().square_()
             values = agree(squares, [grads[i] for i in members]).sqrt_().unbind()
         for i, value in zip(members, values, strict=True):
             found[i] = value
     return found
+
+
+def _norms(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same of gradients of one device and dtype that are in one place."""
+    dtype = grads[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype == wide and host_decides(grads[0].device) and all(g.is_contiguous() for g in grads):
+        # BLAS reads memory faster than the kernel for norms, by a third.
+        flat = [grad.view(-1) for grad in grads]
+        return torch.stack([torch.dot(g, g) for g in flat]).sqrt_().unbind()
+    values: Sequence[Tensor] = torch._foreach_norm(list(grads), 2, dtype=wide)
+    return values
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Which of these have their device and dtype in common."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return kinds.values()
 
 
 def check_dense(grad: Tensor, name: Callable[[], str]) -> None:
@@ -122,13 +138,10 @@ def judge(
 
 
 def _read(values: Sequence[Tensor]) -> list[float]:
-    """Bring scalars to the host, waiting once a device."""
-    devices: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(values):
-        devices.setdefault(value.device, []).append(i)
+    """Bring scalars to the host, waiting once a device and dtype."""
     read = [0.0] * len(values)
-    for members in devices.values():
-        together = torch.stack([values[i].double() for i in members]).tolist()
+    for members in _alike(values):
+        together = torch.stack([values[i] for i in members]).tolist()
         for i, value in zip(members, together, strict=True):
             read[i] = value
     return read

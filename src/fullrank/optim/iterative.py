@@ -98,7 +98,7 @@ class IterativeSubspace(Projection):
         fitted = self._with(as_basis(iteration.left, grad), as_basis(iteration.right, grad))
         fitted.steps = iteration.steps
         if grad.dtype == iteration.small.dtype:
-            fitted._ready = (grad, iteration.small.contiguous())
+            fitted._ready = (grad, iteration.small)
         return fitted
 
 
@@ -139,9 +139,10 @@ class _PowerIteration:
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         """Energy along each direction of the basis, and along each probe."""
-        squares = self._small.square()
-        inside = squares[: self.rank] if self._other is None else squares[: self.rank, : self.rank]
-        return inside.sum(1), squares[self.rank :].sum(1)
+        inside, outside = self._small[: self.rank], self._small[self.rank :]
+        if self._other is not None:
+            inside = inside[:, : self.rank]
+        return _energies(inside), _energies(outside)
 
     @property
     def left(self) -> Tensor | None:
@@ -199,6 +200,12 @@ def _probes(count: int, size: int, device: torch.device, dtype: torch.dtype) -> 
     return torch.randn(count, size, generator=generator).to(device, dtype)
 
 
+def _energies(rows: Tensor) -> Tensor:
+    """Squared norm of each row, without an array of squares."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square_()
+
+
 def _orthonormal_rows(rows: Tensor) -> Tensor:
     return orthonormalised(rows.t()).t()
 
@@ -222,5 +229,5 @@ def leading_bases_by_gram(
     left, right = (V, U) if wide else (U, V)
     return (
         None if side == "right" or left is None else left.contiguous(),
-        None if side == "left" or right is None else right.t().contiguous(),
+        None if side == "left" or right is None else right.contiguous().t(),
     )

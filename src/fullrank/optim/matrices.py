@@ -151,8 +151,9 @@ class Slot:
             self.reparam.fill(self.matrix(gathered(self.param)), state)
 
     def attach(self, state: State) -> None:
-        """Take the bases from the state."""
+        """Take the bases from the state, which gets them back as they are laid out here."""
         self.subspace = self.subspace.restore(state)
+        state.update(self.subspace.state)
         self.attached = True
 
     def magnitude_state(self, state: State) -> State:

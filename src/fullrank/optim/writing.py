@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Writer:
     def __init__(self, decay_first: bool) -> None:
         self.decay_first = decay_first
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._views: dict[tuple[Any, ...], list[Tensor]] = {}
 
     # -- gradients -------------------------------------------------------------------------
 
@@ -64,11 +65,13 @@ class Writer:
             m.grad.shape if isinstance(m.slot.subspace, Identity) else m.slot.small_shape
             for m in members
         ]
-        sizes = [math.prod(shape) for shape in shapes]
         device, dtype = members[0].weight.device, members[0].slot.moments_dtype
-        whole = self._buffer(name, device, dtype, sum(sizes))
-        parts = torch.split(whole, sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        key = (name, device, dtype, *shapes)
+        if key not in self._views:
+            sizes = [math.prod(shape) for shape in shapes]
+            parts = torch.split(self._buffer(name, device, dtype, sum(sizes)), sizes)
+            self._views[key] = [p.view(shape) for p, shape in zip(parts, shapes, strict=True)]
+        return self._views[key]
 
     def _buffer(self, name: str, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
         key = (name, device, dtype)
@@ -76,13 +79,17 @@ class Writer:
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, device=device, dtype=dtype)
             self._buffers[key] = buffer
+            # Views of the old one would keep it.
+            self._views.clear()
         return buffer[:size]
 
     def trim(self) -> None:
         """Give back what is not small, until the next step."""
-        self._buffers = {
-            key: buffer for key, buffer in self._buffers.items() if buffer.numel() <= _KEPT
-        }
+        large = [key for key, buffer in self._buffers.items() if buffer.numel() > _KEPT]
+        for key in large:
+            del self._buffers[key]
+        if large:
+            self._views.clear()
 
     # -- whole batches ---------------------------------------------------------------------
 
@@ -140,8 +147,22 @@ class Writer:
 
     # -- one matrix ------------------------------------------------------------------------
 
+    def _opened(
+        self, member: Member, skip: Tensor | None, wide: bool
+    ) -> AbstractContextManager[Tensor]:
+        """Give the weight to be changed: itself, or a copy of it that is put back."""
+        param, weight = member.slot.param, member.weight
+        if (
+            skip is not None
+            or is_sharded(param)
+            or param.dtype in _HALF
+            or weight.data_ptr() != param.data_ptr()
+        ):
+            return self._copied(member, skip, wide)
+        return nullcontext(weight)
+
     @contextmanager
-    def _opened(self, member: Member, skip: Tensor | None, wide: bool) -> Iterator[Tensor]:
+    def _copied(self, member: Member, skip: Tensor | None, wide: bool) -> Iterator[Tensor]:
         """Give the weight to be changed, wider where steps would be lost, and put it back."""
         slot = member.slot
         param, weight, rounds = slot.param, member.weight, _rounds(slot)

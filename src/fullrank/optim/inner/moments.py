@@ -60,6 +60,8 @@ class Moments:
 
     def save(self, batch: Batch, **values: list[Tensor]) -> None:
         """Write back what :meth:`load` gave and was then changed in place."""
+        if self.bits == 32:
+            return
         for name, each in values.items():
             for state, value in zip(batch.states, each, strict=True):
                 self.put(state, name, value, batch.skip)
