@@ -70,6 +70,13 @@ def test_ties_at_the_last_place_go_to_the_larger_id():
     assert BM25(corpus).search({"q": "rank"}, 3)["q"].ids.tolist() == ["d8", "d7", "d6"]
 
 
+def test_an_accent_apart_is_the_letter_with_it():
+    composed, apart = "caf\u00e9 cr\u00e8me", "cafe\u0301 cre\u0300me"
+    engine = BM25(Corpus(["a", "b", "c"], [composed, apart, "cafe creme"]))
+    for query in (composed, apart):
+        assert sorted(engine.search({"q": query})["q"].ids) == ["a", "b"]
+
+
 def test_titles_count():
     corpus = Corpus(["a", "b"], ["text", "text"], ["spectrum", ""])
     assert BM25(corpus)({"q": "spectrum"})["q"].ids.tolist() == ["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,8 @@ class _Settings:
 class BM25(RetrieverStage):
     """BM25 over the titles and texts of a corpus.
 
-    Scores are those of bm25s: lower-cased tokens of two characters or more, stop words removed.
+    Scores are those of bm25s: lower-cased tokens of two characters or more, stop words removed;
+    letters and their accents are composed first (NFC), in documents and queries.
     Only documents that score above one without any token of the query are results, so a query
     without known tokens (an empty one, or one of stop words) has none. Among equal scores at the
     last place kept, the larger id wins, as everywhere in a :class:`~fullrank.core.Run`.
@@ -121,7 +123,8 @@ class BM25(RetrieverStage):
         if settings.stemmer is not None:
             stemmer = require("Stemmer", extra="search").Stemmer(settings.stemmer)
         return library.tokenize(
-            list(texts),
+            # An accent that is a character of its own would cut its word in two.
+            [t if t.isascii() else unicodedata.normalize("NFC", t) for t in texts],
             stopwords=list(settings.stopwords)
             if isinstance(settings.stopwords, tuple)
             else settings.stopwords,
