@@ -1,4 +1,4 @@
-"""What a second run of the demo does not compute again: embeddings and weights, nothing else."""
+"""What a second run of the demo does not compute again: embeddings, statistics and weights."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ class Cache:
         """Hash JSON values, and this package's version, into a name for an entry."""
         text = json.dumps([__version__, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def path(self, *parts: Any) -> Path:
+        """Return where an entry of tensors is kept that comes from these JSON values."""
+        assert self.folder is not None
+        return self.folder / f"{self.key(*parts)}.safetensors"
 
     def array(self, key: str, make: Callable[[], Vectors]) -> Vectors:
         """Return the array of that key, made now if it is not there."""

@@ -38,11 +38,9 @@ class CachedRecovery:
         """Recover the student, in place."""
         settings = self._distillation
         ranks = [(name, layer.rank, layer.method) for name, layer in factorised(student)]
-        key = self._cache.key(
+        path = self._cache.path(
             "recovered", self._source, ranks, settings.steps, settings.lr, settings.seed
         )
-        assert self._cache.folder is not None
-        path = self._cache.folder / f"{key}.safetensors"
         try:
             student.load_state_dict(load_file(path))
             self._cache.hits += 1

@@ -21,6 +21,7 @@ from fullrank.compress import (
 )
 from fullrank.compress import shrink as search_smallest
 from fullrank.compress.targets import factorisable
+from fullrank.core.errors import StoreError
 from fullrank.datasets import Dataset, pydocs
 from fullrank.demo.cache import Cache
 from fullrank.demo.config import DemoConfig
@@ -116,16 +117,7 @@ def shrink(
     metric = encoding.metric(dev)
     clusters = [dev.clusters[q] for q in metric.queries]
     model = tuned.encoder.model
-    # Texts are as long as those that will be encoded: factors made for the first 64 tokens of
-    # documents read to 128 lost three times as much nDCG.
-    seen = Batches(
-        model,
-        sample_texts(config, data, config.calibration),
-        batch_size=_CALIBRATION_BATCH,
-        max_length=config.tokens,
-    )
-    stats = CalibrationStats(factorisable(model), gradients=True)
-    stats.observe(model, seen, progress=progress, seed=config.seed)
+    stats = _statistics(config, data, tuned, cache, progress)
     texts = sample_texts(config, data, config.recovery)
     recovery = CachedRecovery(
         Distillation(
@@ -172,6 +164,30 @@ def shrink(
         _uniform_curve(config, model, stats, metric, reference, clusters),
         smallest_floor(metric(found.model), reference, clusters=clusters, seed=config.seed),
     )
+
+
+def _statistics(
+    config: DemoConfig, data: Dataset, tuned: Encoded, cache: Cache, progress: bool
+) -> CalibrationStats:
+    """Moments of layers' inputs and outputs and of their gradients, or what was kept of them."""
+    model, texts = tuned.encoder.model, sample_texts(config, data, config.calibration)
+    path = cache.path(
+        "statistics",
+        tuned.encoder.fingerprint,
+        texts,
+        [config.tokens, _CALIBRATION_BATCH, config.seed],
+    )
+    try:
+        stats = CalibrationStats.load(path)
+        cache.hits += 1
+    except StoreError:
+        # Texts are as long as those that will be encoded: factors made for the first 64 tokens of
+        # documents read to 128 lost three times as much nDCG.
+        seen = Batches(model, texts, batch_size=_CALIBRATION_BATCH, max_length=config.tokens)
+        stats = CalibrationStats(factorisable(model), gradients=True)
+        stats.observe(model, seen, progress=progress, seed=config.seed)
+        stats.save(path)
+    return stats
 
 
 def _uniform_curve(
