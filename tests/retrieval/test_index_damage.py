@@ -121,9 +121,23 @@ def test_metadata_of_all_kinds(tmp_path):
     assert [d.metadata for d in Index.open(index.folder).corpus] == metadata
     assert index.search("xx", where={"n": {">": 1}})["q"].ids.tolist() == ["b"]
     assert index.search("xx", where="s=é")["q"].ids.tolist() == ["c"]
-    for field in ("m", "huge", "weird name", "d", "nope"):
+    assert index.search("xx", where="weird name = 1")["q"].ids.tolist() == ["b"]
+    for field in ("m", "huge", "d", "nope"):
         with pytest.raises(InputError, match="cannot be filtered by"):
             index.search("xx", where={field: 1})
+
+
+@pytest.mark.parametrize("field", ["année", "a.b", "1st", "meta_a", "utf8_a", "x'; --", "A", "💡"])
+def test_fields_of_any_name(tmp_path, field):
+    metadata = [{field: "x", "a": "y"}, {field: "y"}, {"a": "x"}]
+    index = Index.create(
+        tmp_path / "i", Corpus(list("abc"), ["xx"] * 3, metadata=metadata), None, progress=False
+    )
+    assert [d.metadata for d in Index.open(index.folder).corpus] == metadata
+    assert index.search("xx", where={field: "x"})["q"].ids.tolist() == ["a"]
+    assert index.search("xx", where=f"{field}=y")["q"].ids.tolist() == ["b"]
+    with pytest.raises(InputError, match=f"there is .*{re.escape(repr(field))}"):
+        index.search("xx", where={"nope": 1})
 
 
 # -- folders ---------------------------------------------------------------------------------

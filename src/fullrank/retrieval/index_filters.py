@@ -24,7 +24,8 @@ _OPERATORS = {
     ">": "greater",
     ">=": "greater_equal",
 }
-_CONDITION = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+# The name of a field may be anything but hold the start of an operator; mappings know no limit.
+_CONDITION = re.compile(r"\s*([^=!<>]*[^=!<>\s])\s*(==|!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ LANCE = "lance"
 DOCUMENTS = "documents"
 # Metadata fields become columns of this prefix, for filters, where their values are of one type.
 _META = "meta_"
+# The names of tables' columns are read as expressions: other fields are there by their UTF-8.
+_CODED = "utf8_"
 _PASSAGE = ("document", "start", "stop", "lead")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _ERRNO = re.compile(r"\(os error (\d+)\)")
@@ -50,13 +52,25 @@ def write_documents(folder: Path, corpus: Corpus) -> None:
         "text": _strings(corpus, corpus.texts, "text"),
         "metadata": _strings(corpus, _metadata_json(corpus), "metadata"),
     }
-    fields = dict.fromkeys(f for m in corpus.metadata for f in m if _FIELD.fullmatch(str(f)))
-    for name in fields:
+    for name in dict.fromkeys(f for m in corpus.metadata for f in m):
         column = _filter_column([m.get(name) for m in corpus.metadata])
         if column is not None:
-            columns[_META + name] = column
+            columns[_column(str(name))] = column
     with _lance_errors():
         _connect(folder).create_table(DOCUMENTS, pa.table(columns))
+
+
+def _column(field: str) -> str:
+    if _FIELD.fullmatch(field):
+        return _META + field
+    return _CODED + field.encode("utf-8", "surrogatepass").hex()
+
+
+def _field(column: str) -> str | None:
+    """Undo :func:`_column`; None for what is no field."""
+    if column.startswith(_CODED):
+        return bytes.fromhex(column.removeprefix(_CODED)).decode("utf-8", "surrogatepass")
+    return column.removeprefix(_META) if column.startswith(_META) else None
 
 
 def read_documents(folder: Path) -> Corpus:
@@ -106,13 +120,13 @@ def read_filter_column(folder: Path, field: str) -> Any:
         When no document has such a field, or its values cannot be compared.
     """
     names = _connect(folder).open_table(DOCUMENTS).schema.names
-    if _META + field not in names:
-        known = [n.removeprefix(_META) for n in names if n.startswith(_META)]
+    if _column(field) not in names:
+        known = [found for found in map(_field, names) if found is not None]
         raise InputError(
             f"documents cannot be filtered by {field!r}: no such metadata field with values of one "
             f"type; there is {', '.join(map(repr, known)) or 'none'}"
         )
-    return _read(folder, DOCUMENTS, ["row", _META + field])[_META + field].combine_chunks()
+    return _read(folder, DOCUMENTS, ["row", _column(field)])[_column(field)].combine_chunks()
 
 
 def write_passages(
