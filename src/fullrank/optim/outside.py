@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -121,9 +121,14 @@ class StateFree:
             weight.add_(self._f(move.grad, move.scratch(move.grad)), alpha=-rate)
             space.up(inside.add_(move.direction, alpha=step), out=weight, beta=1.0)
             return
-        for band in bands(weight):
-            own, (small, direction) = space.rows(band, move.small, move.direction)
-            grad, part = move.grad[band], weight[band]
+        rows = band(weight)
+        parts = zip(
+            space.bands(rows, move.small, move.direction),
+            torch.split(move.grad, rows),
+            torch.split(weight, rows),
+            strict=True,
+        )
+        for (own, (small, direction)), grad, part in parts:
             rest = own.residual(grad, small, out=move.scratch(grad))
             own.up(direction, out=part, alpha=step, beta=decay)
             part.add_(self._f(rest, rest), alpha=-rate)
@@ -132,18 +137,16 @@ class StateFree:
         return values if self.rule == "sgd" else torch.sign(values, out=out)
 
 
-def bands(matrix: Tensor) -> Iterator[slice]:
-    """Rows of a matrix, as many at a time as several arrays of find room for in a CPU's cache.
+def band(matrix: Tensor) -> int:
+    """How many rows of a matrix are worked on at a time: several arrays of find room in a cache.
 
-    >>> found = list(bands(torch.empty(3000, 64)))
-    >>> found[0].start, found[-1].stop >= 3000
-    (0, True)
+    >>> 1 <= band(torch.empty(3000, 64)) <= 3000
+    True
     """
     m, n = matrix.shape
-    step = max(m, 1)
     if matrix.device.type == "cpu":
-        step = max(_BAND * torch.get_num_threads() // max(n, 1), 1)
-    yield from (slice(i, i + step) for i in range(0, m, step))
+        return min(max(_BAND * torch.get_num_threads() // max(n, 1), 1), max(m, 1))
+    return max(m, 1)
 
 
 class ScaledResidual:

@@ -8,7 +8,7 @@ optimizer keeps in its own ``state`` and saves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
@@ -279,11 +279,14 @@ class Projection:
         out.copy_(torch.mm(first, second))
         return torch.sub(grad, out, out=out)
 
-    def rows(self, band: slice, *small: Tensor) -> tuple[Self, list[Tensor]]:
-        """Return the subspace of some rows of the matrix, with their part of small arrays."""
+    def bands(self, rows: int, *small: Tensor) -> Iterator[tuple[Self, Sequence[Tensor]]]:
+        """Yield the subspace of so many rows of the matrix at a time, and small arrays of these."""
         if self.left is None:
-            return self, [each[band] for each in small]
-        return self._with(self.left[band], self.right), list(small)
+            for parts in zip(*(torch.split(each, rows) for each in small), strict=True):
+                yield self, parts
+        else:
+            for left in torch.split(self.left, rows):
+                yield self._with(left, self.right), small
 
     def line_norms(self, small: Tensor, own: Tensor) -> Tensor:
         """Squared norms of ``back(small)``: its rows' for ``right``, its columns' for ``left``.
