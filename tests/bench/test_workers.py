@@ -1,5 +1,12 @@
 """Jobs in other processes: what is kept, what is not done twice, what becomes of failures."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_jobs
 import pytest
 from bench_jobs import work
 
@@ -82,6 +89,43 @@ def test_an_interruption_keeps_what_is_finished_and_frees_the_folder(store):
     assert [job in again for job in wanted] == [True, False]
     with again.writing():
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up there")
+def test_workers_end_with_who_started_them(store, tmp_path):
+    pid = tmp_path / "pid"
+    script = f"""
+from bench_jobs import work
+from fullrank.bench import Job, RunStore, run_jobs
+wanted = [Job("train", {{"seconds": 100, "pid": {str(pid)!r}}}, "long")]
+run_jobs(lambda _: wanted, work, RunStore({str(store.folder)!r}))
+"""
+    paths = os.pathsep.join([str(Path(bench_jobs.__file__).parent), *filter(None, sys.path)])
+    started = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}
+    )
+    try:
+        until(lambda: pid.exists() and pid.read_text())
+        assert running(pid.read_text())
+    finally:
+        started.kill()
+        started.wait()
+    until(lambda: not running(pid.read_text()))
+
+
+def until(happens, seconds=60):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(pid):
+    # What has ended stays listed where nobody asks for its exit code.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_no_workers_is_an_error(store):

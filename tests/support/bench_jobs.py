@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from fullrank.core import InputError
 
@@ -15,6 +16,8 @@ def work(job):
         raise ZeroDivisionError("a bug")
     if job.kind == "die":
         os._exit(3)
+    if "pid" in settings:
+        Path(settings["pid"]).write_text(str(os.getpid()))
     time.sleep(settings.get("seconds", 0))
     return {"loss": settings.get("loss"), "process": os.getpid(), "threads": threads()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -222,10 +223,19 @@ def _death(job: Job, code: int | None) -> str:
     return f"the process of {job.label} died with exit code {code} ({why})"
 
 
+def _end_with_parent() -> None:
+    """Give the job up as soon as nobody is there to take it, as after a SIGTERM."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(pipe: Connection, work: Work, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
     # Ctrl-C reaches all processes of a terminal; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
