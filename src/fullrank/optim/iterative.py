@@ -228,6 +228,6 @@ def leading_bases_by_gram(
     U = orthonormalised(G @ V) if needs_long else None
     left, right = (V, U) if wide else (U, V)
     return (
-        None if side == "right" or left is None else left.contiguous(),
-        None if side == "left" or right is None else right.contiguous().t(),
+        None if side == "right" or left is None else left,
+        None if side == "left" or right is None else right.t(),
     )

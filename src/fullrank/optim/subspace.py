@@ -129,8 +129,7 @@ class Projection:
     side
         ``"left"``, ``"right"`` or ``"full"``; see :func:`side_of`.
     left, right
-        The bases; absent until :meth:`fit` or :meth:`restore`. Kept with the vectors as columns in
-        memory, for which CPUs' products with tall matrices are faster.
+        The bases, absent until :meth:`fit` or :meth:`restore`; columns in memory: CPUs prefer it.
     gemm
         Dtype that ``down``, ``up`` and ``residual`` round factors of matrix products to (sums are
         in float32); None leaves them as they are.
