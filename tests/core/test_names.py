@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fullrank.core import canonical_name, model_fingerprint, named_linears
+from fullrank.spectra import xray
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,13 @@ class Tied(nn.Module):
 
 def test_linears_are_found_once():
     assert [name for name, _ in named_linears(Tied())] == ["one", "inner.0"]
+
+
+def test_weights_that_are_computed_are_told_apart():
+    layers = (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(12))
+    model = nn.Sequential(*layers, nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)))
+    assert len(list(named_linears(model))) == 13
+    assert len(xray(model)) == 13
 
 
 def test_wrapping_changes_neither_names_nor_fingerprint():

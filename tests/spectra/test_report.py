@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fullrank.compress import LowRankLinear
-from fullrank.core import InputError
+from fullrank.compress import LowRankLinear, factorize
+from fullrank.core import InputError, RankPlan
+from fullrank.core.plan import PlanEntry
 from fullrank.spectra import Spectrum, model_report, xray
 from fullrank.spectra.inputs import input_spectra, token_batches
 from fullrank.spectra.planning_suggestions import suggestions
@@ -73,6 +74,25 @@ def test_what_moved_is_seen(model):
     shares = {row[0]: row[2] for row in found.overlap_table().rows}
     assert shares["layer.1.down"] < 0.8
     assert min(v for n, v in shares.items() if n != "layer.1.down") > 1 - 1e-6
+
+
+def test_layers_that_keep_the_transpose():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=8)
+    model, other = (transformers.GPT2LMHeadModel(config) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    one, two = (m.transformer.h[0].mlp.c_fc.weight.data for m in (model, other))
+    two.copy_(torch.linalg.qr(torch.randn(16, 16))[0] @ one)  # stored (in, out): inputs turn
+    model.transformer.h[0].mlp.c_fc.weight.data[:, 3] = 0
+    square = "transformer.h.0.attn.c_proj"
+    plan = RankPlan({square: PlanEntry((16, 16), 4)})
+    found = model_report(model, factorize(other, plan), rank=4)
+    turned = found.overlaps["transformer.h.0.mlp.c_fc"]
+    assert turned.shape == (64, 16)
+    assert turned.left_share > 0.9 > turned.right_share
+    assert found.overlaps[square].left_share == pytest.approx(1, abs=1e-5)
+    flaws = found.flaws["transformer.h.0.mlp.c_fc"]
+    assert (flaws.rows.zeros, flaws.columns.zeros) == (1, 0)
 
 
 def test_dead_directions_of_either_model(model):

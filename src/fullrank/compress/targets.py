@@ -12,7 +12,7 @@ from fullrank.compress.matrices import is_conv1d
 from fullrank.compress.matrices_conv import CONVOLUTIONS
 from fullrank.core.batches import is_sentence_transformer
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_modules
+from fullrank.core.names import canonical_modules, stored_weight
 
 Patterns = str | Sequence[str]
 
@@ -103,9 +103,10 @@ def all_layers(model: nn.Module, *, convolutions: bool = True) -> dict[str, nn.M
     layers, seen, own = {}, unloadable(model), {}
     for name, module in canonical_modules(model):
         if is_linear(module) or (convolutions and is_convolution(module)):
-            if id(module.weight) not in seen:
+            weight = stored_weight(module)
+            if id(weight) not in seen:
                 layers[name] = module
-            seen.add(id(module.weight))
+            seen.add(id(weight))
         elif isinstance(module, nn.Linear) and not _forward_is_linear(module):
             own[name] = type(module).__name__
     if own:

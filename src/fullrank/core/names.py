@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
 
 # What wrappers put in front of, or inside, the names of the model they wrap.
 _INSIDE = re.compile(
@@ -85,15 +85,32 @@ def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Linear-like is ``nn.Linear`` and transformers' ``Conv1D`` (whose weight is transposed).
     """
-    from torch import nn
-
     seen: set[int] = set()
     for name, module in canonical_modules(model):
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            weight = module.weight
+        if is_linear_like(module):
+            weight = stored_weight(module)
             if id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, module
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether this is ``nn.Linear`` or transformers' ``Conv1D``."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """Return the tensor that a layer keeps: its weight, or what a parametrization computes it from.
+
+    A weight that is computed is another tensor each time, so that its identity says nothing.
+    """
+    computed: Any = getattr(module, "parametrizations", {})
+    if "weight" in computed:
+        for kept in computed["weight"].parameters(recurse=False):
+            return cast("Tensor", kept)
+    return cast("Tensor", module.weight)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -71,7 +71,9 @@ def lift_param_groups(
         weight = layer.weight
         assert isinstance(weight, Tensor)
         left_out = id(weight) in tied or any(part in name for part in parts)
-        if weight.requires_grad and not left_out and (where is None or where(name, layer)):
+        # What a parametrization computes is no leaf, and cannot be stepped.
+        steps = weight.is_leaf and weight.requires_grad
+        if steps and not left_out and (where is None or where(name, layer)):
             chosen[id(weight)] = (f"{name}.weight".lstrip("."), weight)
     if not chosen:
         raise InputError(

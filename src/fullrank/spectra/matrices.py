@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_modules
+from fullrank.core.names import canonical_modules, stored_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ class Weight:
     rank
         Of a matrix that is stored as two factors; None for a dense one.
     fetch
-        Gives the matrix. Factors are multiplied out only then.
+        Gives the matrix, ``(out, in)``. Factors are multiplied out only then.
     dtype
         In which it is stored.
     """
@@ -72,7 +72,7 @@ def weight_matrices(model: nn.Module) -> Iterator[Weight]:
         weight = _weight(name, module, module is head)
         if weight is None:
             continue
-        stored = module.first if weight.rank is not None else module.weight
+        stored = module.first if weight.rank is not None else stored_weight(module)
         if id(stored) in seen:
             continue
         seen.add(id(stored))
@@ -99,10 +99,11 @@ def _weight(name: str, module: Any, is_head: bool) -> Weight | None:
     if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.numel():
         return None
     kind: Kind = "head" if is_head else "linear" if linear else "embedding"
+    matrix = matrix.detach()
+    if type(module).__name__ == "Conv1D":  # which keeps (in, out)
+        matrix = matrix.T
     m, n = matrix.shape
-    # Conv1D keeps (in, out); the singular values are the same.
-    shape = (n, m) if type(module).__name__ == "Conv1D" else (m, n)
-    return Weight(name, kind, shape, None, lambda: cast(Tensor, matrix.detach()), matrix.dtype)
+    return Weight(name, kind, (m, n), None, lambda: cast(Tensor, matrix), matrix.dtype)
 
 
 def patterns(given: Iterable[str] | str | None) -> list[str] | None:

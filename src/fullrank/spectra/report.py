@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fullrank.core.errors import InputError
 from fullrank.core.files import atomic_write
 from fullrank.core.progress import progress
@@ -221,16 +219,10 @@ def _all_overlaps(
             r = min(wanted, *stored, *one.shape)
             advance(1)
             if r >= 1:
-                overlaps[name] = subspace_overlap(one.fetch(), _like(other, one), r)
+                overlaps[name] = subspace_overlap(one.fetch(), other.fetch(), r)
     if not overlaps:
         raise InputError("every matrix that both models have is zero: no subspaces to compare")
     return overlaps
-
-
-def _like(weight: Weight, other: Weight) -> torch.Tensor:
-    """The matrix in the orientation that the other model stores it in."""
-    matrix, wanted = weight.fetch(), other.fetch().shape
-    return matrix if matrix.shape == wanted else matrix.T
 
 
 def _examples(found: Flaws) -> str:
