@@ -219,6 +219,21 @@ def test_the_bias_and_several_steps_enter_the_equation():
     torch.testing.assert_close(shifted, plain)
 
 
+def test_rows_may_be_different_numbers_of_steps_apart():
+    phi, phi_next, reward, w = draw(4, 3, 0)
+    steps = [3, 1, 2, 3]
+    discount = torch.tensor([[0.9**n] for n in steps])
+    found = bellman_cosine_bound(
+        phi, phi_next, reward, w, 0.9, bias=2.0, n_step=3, discount=discount
+    )
+    for row, n in enumerate(steps):
+        alone = [x[row : row + 1] for x in (phi, phi_next, reward)]
+        one = bellman_cosine_bound(*alone, w, 0.9, bias=2.0, n_step=n)
+        torch.testing.assert_close(found[row : row + 1], one, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match="discount of shape"):
+        beer_loss(phi, phi_next, reward, w, 0.9, discount=discount[:2])
+
+
 def test_statistics_of_the_last_batch():
     phi, phi_next, reward, w = draw(50, 3, 0)
     term = BEERRegularizer(beta=0.5, gamma=0.9)

@@ -71,6 +71,21 @@ def test_the_critics_gradient_is_that_of_the_whole_loss(critics):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_rows_cut_short_by_the_end_of_an_episode_have_their_own_discount(monkeypatch):
+    seen = []
+    forward = BEERRegularizer.forward
+
+    def spied(self, *args, **options):
+        seen.append(options["discount"])
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(BEERRegularizer, "forward", spied)
+    agent(beta=1.0, n_steps=3, batch_size=64).learn(62)
+    gammas = {round(value, 6) for value in seen[0].flatten().tolist()}
+    assert gammas <= {round(0.99**n, 6) for n in (1, 2, 3)}
+    assert len(gammas) > 1  # the buffer's newest transitions have fewer steps behind them
+
+
 def test_nothing_is_left_behind(tmp_path):
     found = agent(action_noise=NormalActionNoise([0.0], [0.1])).learn(120)
     for net in [*found.critic.q_networks, *found.critic_target.q_networks]:

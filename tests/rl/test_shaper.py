@@ -168,3 +168,12 @@ def test_what_does_not_fit_is_named():
         shaper.update(one, two, one)
     with pytest.raises(InputError, match="mask"):
         RankShaper(bonus_on="last_token").shape(one, one, one, one)
+
+
+def test_a_step_without_any_reward_leaves_the_score_alone():
+    shaper = RankShaper(dynamic=True)
+    measures = [torch.tensor([2.0, 3.0])] * 3
+    shaper.update(*measures, torch.tensor([0.5]))
+    before = shaper.state_dict()["score"]
+    shaper.update(*measures, torch.tensor([torch.nan]))
+    assert shaper.state_dict()["score"] == before > 0

@@ -114,6 +114,16 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_that_had_only_to_be_measured_takes_no_step_more(tmp_path):
+    whole = train_rl(run(), tmp_path / "run")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "rl.json").unlink()
+    again = train_rl(run(), tmp_path / "run")
+    assert (again.rewards, again.after) == (whole.rewards, whole.after)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_start_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
     from transformers import PreTrainedModel
 

@@ -40,6 +40,7 @@ def bellman_cosine_bound(
     *,
     phi_next_norm: Tensor | None = None,
     lowest: float | None = -1.0,
+    discount: Tensor | None = None,
 ) -> Tensor:
     """Largest cosine of ``phi`` and ``phi_next`` that the Bellman equation allows.
 
@@ -67,6 +68,9 @@ def bellman_cosine_bound(
         of two networks.
     lowest
         The bound is no lower than this; no cosine is below -1. None leaves it.
+    discount
+        ``(B,)`` or ``(B, 1)`` what the next state counts with, where rows differ in how many steps
+        it is away; ``gamma ** n_step`` by default.
 
     Returns
     -------
@@ -89,15 +93,15 @@ def bellman_cosine_bound(
     if not 0 < gamma <= 1 or n_step < 1:
         raise InputError(f"gamma={gamma}, n_step={n_step}; expected a discount in (0, 1] and >= 1")
     phi, phi_next, reward, w = _checked(phi, phi_next, reward, w)
-    discount = float(gamma**n_step)
+    factor = gamma**n_step if discount is None else _column(discount, len(phi), "discount").to(phi)
     if bias is not None:
-        reward = reward - (1 - discount) * torch.as_tensor(bias).to(reward).reshape(())
+        reward = reward - (1 - factor) * torch.as_tensor(bias).to(reward).reshape(())
     here = phi.norm(dim=1).clamp_min(eps)
     there = phi_next.norm(dim=1).clamp_min(eps)
     squared = there if phi_next_norm is None else phi_next_norm
     surprise = reward.square() / w.square().sum().clamp_min(_LEAST_SQUARED_WEIGHT)
-    numerator = here.square() + (discount * squared).square() - surprise
-    bound: Tensor = numerator / (2 * discount * here * there)
+    numerator = here.square() + (factor * squared).square() - surprise
+    bound: Tensor = numerator / (2 * factor * here * there)
     return bound if lowest is None else bound.clamp_min(lowest)
 
 
@@ -113,6 +117,7 @@ def beer_loss(
     reduction: Reduction = "mean",
     mask_terminal: bool = True,
     n_step: int = 1,
+    discount: Tensor | None = None,
 ) -> Tensor:
     """How far cosines of consecutive features exceed their bound; not yet times ``beta``.
 
@@ -125,7 +130,7 @@ def beer_loss(
         ``(B, d)`` penultimate features of the online critic.
     phi_next
         ``(B, d)`` of the target critic at the target policy's action; no gradient flows there.
-    reward, w, gamma, bias, n_step
+    reward, w, gamma, bias, n_step, discount
         See :func:`bellman_cosine_bound`.
     done
         ``(B,)`` or ``(B, 1)``: where the episode ended. Those rows have no next state.
@@ -152,7 +157,9 @@ def beer_loss(
     """
     ended = done if mask_terminal else None
     numerator = next_features_for_bound
-    excess, _ = _violation(phi, phi_next, reward, w, gamma, bias, numerator, n_step, ended)
+    excess, _ = _violation(
+        phi, phi_next, reward, w, gamma, bias, numerator, n_step, ended, discount
+    )
     if reduction == "none":
         return excess
     if reduction not in ("mean", "sum"):
@@ -216,6 +223,7 @@ class BEERRegularizer(nn.Module):
         bias: Tensor | float | None = None,
         next_features_for_bound: Tensor | None = None,
         n_step: int = 1,
+        discount: Tensor | None = None,
     ) -> Tensor:
         """Return ``beta`` times the loss; arguments as for :func:`beer_loss`."""
         if self.official and next_features_for_bound is None:
@@ -226,7 +234,7 @@ class BEERRegularizer(nn.Module):
         numerator = next_features_for_bound if self.official else None
         fixed, ended = (None, None) if self.official else (bias, done)
         excess, cosine = _violation(
-            phi, phi_next, reward, w, self.gamma, fixed, numerator, n_step, ended
+            phi, phi_next, reward, w, self.gamma, fixed, numerator, n_step, ended, discount
         )
         self.last_stats = {
             "violating": (excess.detach() > 0).to(excess).mean(),
@@ -251,6 +259,7 @@ def _violation(
     numerator: Tensor | None,
     n_step: int,
     done: Tensor | None,
+    discount: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Excess of each row's cosine over its bound, and the cosine; 0 in rows that ended."""
     phi, phi_next, reward, w = _checked(phi, phi_next, reward, w)
@@ -272,6 +281,7 @@ def _violation(
         n_step,
         phi_next_norm=None if numerator is None else numerator.detach().to(phi).norm(dim=1),
         lowest=None if mixed else -1.0,
+        discount=discount,
     )
     # A feature vector that is zero has no direction, and must not get an infinite gradient.
     alive = ((phi.norm(dim=1) > _DEAD) & (phi_next.norm(dim=1) > _DEAD)).detach()

@@ -111,7 +111,9 @@ def _on_features(
                     head.weight,
                     batch[0].dones,
                     head.bias,
+                    # Rows that an episode's end cut short are fewer steps from their next state.
                     n_step=getattr(agent, "n_steps", 1),
+                    discount=getattr(batch[0], "discounts", None),
                 )
             (extra,) = torch.autograd.grad(loss, leaf)
             features.register_hook(lambda gradient: gradient + extra)  # type: ignore[no-untyped-call]

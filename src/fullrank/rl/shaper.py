@@ -204,7 +204,10 @@ class RankShaper:
             self._means = new if self._means is None else self._mixed(self._means, new)
         # The official code shapes nothing in the first step, and leaves its scores out as well.
         if scores is not None and (self.start == "first_batch" or self._steps > 1):
-            self._score = self._mixed(self._score, scores.double().mean().cpu())
+            # A reward function may have had nothing to say.
+            known = scores[scores.isfinite()].double()
+            if len(known):
+                self._score = self._mixed(self._score, known.mean().cpu())
 
     def _mixed(self, old: Tensor, new: Tensor) -> Tensor:
         return (1 - self.ema) * old + self.ema * new

@@ -217,12 +217,14 @@ class _RankShaping:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        # First of all: what makes a checkpoint one to go on from is written last.
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
             step = self.state.global_step  # type: ignore[attr-defined]
-            values = json.dumps(self.shaper.state_dict()).encode()
-            atomic_write(folder / f"checkpoint-{step}" / STATE, values)
+            run = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+            folder = run / f"checkpoint-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / STATE, json.dumps(self.shaper.state_dict()).encode())
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

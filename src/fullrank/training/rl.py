@@ -119,7 +119,7 @@ def train_rl(config: RLRun, out: str | Path) -> TrainedPolicy:
 
         before = measured(model)
         trainer = _trainer(config, arguments, model, tokenizer, problems, rewards)
-        trainer.train(resume_from_checkpoint=_newest(folder))
+        _train(trainer, folder)
         curve = [r["reward"] for r in trainer.state.log_history if "reward" in r]
         after = measured(model)
         model.save_pretrained(str(folder))
@@ -268,6 +268,21 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _train(trainer: Any, folder: Path) -> None:
+    """Train to the end, from the newest checkpoint if there is one."""
+    from transformers import TrainerState
+
+    newest = _newest(folder)
+    if newest is not None:
+        state = TrainerState.load_from_json(str(Path(newest) / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # Only what comes after was interrupted; the trainer would take one more step.
+            trainer._load_from_checkpoint(newest)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=newest)
 
 
 def _newest(folder: Path) -> str | None:
