@@ -147,6 +147,54 @@ def test_the_callback_writes_what_can_be_read_while_it_runs(tmp_path):
     assert "train_runtime" not in log.measures
 
 
+def test_a_second_run_in_a_folder_takes_the_first_ones_place(tmp_path):
+    first = [{"kind": "start", "step": 0}, {"kind": "ranks", "step": 0, "effective_rank": {"w": 9}}]
+    first += [{"kind": "log", "step": s, "loss": 9.0} for s in range(1, 5)]
+    first += [{"kind": "log", "step": 4, "train_runtime": 1.0}]
+    second = [
+        {"kind": "start", "step": 0},
+        {"kind": "ranks", "step": 0, "effective_rank": {"w": 2}},
+    ]
+    second += [{"kind": "log", "step": s, "loss": 1.0} for s in (1, 2)]
+    resumed = [{"kind": "start", "step": 1}, {"kind": "log", "step": 2, "loss": 0.5}]
+    place = tmp_path / "checkpoint-4"
+    place.mkdir()
+    old = {"log_history": [{"step": s, "loss": 9.0, "grad_norm": 1.0} for s in range(1, 5)]}
+    (place / "trainer_state.json").write_text(json.dumps(old))
+    events = tmp_path / "events.jsonl"
+    events.write_text("\n".join(map(json.dumps, [*first, *second])))
+    log = read_run(tmp_path)
+    assert log.measures == {"loss": {1: 1.0, 2: 1.0}}
+    assert (log.ranks, log.stopped) == ({"w": {0: 2.0}}, "")
+    events.write_text("\n".join(map(json.dumps, [*first, *second, *resumed])))
+    assert read_run(tmp_path).measures == {"loss": {1: 1.0, 2: 0.5}}
+
+
+def test_a_callback_that_came_later_leaves_what_was_before(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    old = {"log_history": [{"step": s, "loss": 9.0} for s in range(1, 7)]}
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(old))
+    events = [{"kind": "start", "step": 4}, {"kind": "log", "step": 5, "loss": 1.0}]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    assert read_run(tmp_path).measures["loss"] == {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.0, 5: 1.0}
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Conv1d(1, 1, 1)])
+def test_weights_that_cannot_be_measured_do_not_end_the_run(tmp_path, model):
+    transformers = pytest.importorskip("transformers")
+    with torch.no_grad():
+        model.weight[0] = torch.nan
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = transformers.TrainerState(is_world_process_zero=True)
+    callback = RunLogCallback(ranks_every=1)
+    with pytest.warns(UserWarning, match="no ranks at step 0"):
+        callback.on_train_begin(arguments, state, None, model=model)
+    for state.global_step in (1, 2):
+        callback.on_step_end(arguments, state, None, model=model)
+    callback.on_log(arguments, state, None, logs={"loss": 1.0})
+    assert read_run(tmp_path).measures == {"loss": {2: 1.0}}
+
+
 def test_scalars_and_page(tmp_path, history):
     write_log(history, tmp_path)
     lines = [{"kind": "ranks", "step": s, "effective_rank": {"a<b": 5.0 - s}} for s in (0, 3)]

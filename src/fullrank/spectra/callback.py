@@ -65,6 +65,8 @@ def _callback_class() -> type[Any]:
             self.eps = eps
             self.key = key
             self.history: list[tuple[int, float]] = []
+            # Trainers may hand a copy of what was logged to `on_evaluate`.
+            self._logged: float | None = None
 
         def on_log(
             self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -72,20 +74,20 @@ def _callback_class() -> type[Any]:
             """Measure when an evaluation is logged, and log with it."""
             logs = kwargs.get("logs") or {}
             if any(name.endswith("_runtime") and name != "train_runtime" for name in logs):
-                logs[self.key] = self._measured(state, model)
+                self._logged = logs[self.key] = self._measured(state, model)
                 state.log_history[-1][self.key] = logs[self.key]
 
         def on_evaluate(
             self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
         ) -> None:
-            """Measure and log where the evaluation was not logged."""
+            """Measure and log where the evaluation was not logged; add to its metrics."""
             metrics = kwargs.get("metrics")
-            if metrics is not None and self.key in metrics:
-                return
-            score = self._measured(state, model)
+            score, self._logged = self._logged, None
+            if score is None:
+                score = self._measured(state, model)
+                state.log_history.append({self.key: score, "step": state.global_step})
             if metrics is not None:
                 metrics[self.key] = score
-            state.log_history.append({self.key: score, "step": state.global_step})
 
         def _measured(self, state: Any, model: Any) -> float:
             score = _measure(model, self.embed, self.eps)

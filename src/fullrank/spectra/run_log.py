@@ -56,6 +56,8 @@ class RunLog:
         Lines and files that could not be read.
     ended
         Step at which a trainer said that it was done; -1 before.
+    since
+        Step from which :class:`~fullrank.spectra.RunLogCallback` was there; None where it was not.
 
     Examples
     --------
@@ -70,6 +72,7 @@ class RunLog:
     stopped: str = ""
     damaged: int = 0
     ended: int = -1
+    since: int | None = None
 
     @property
     def last_step(self) -> int:
@@ -101,9 +104,25 @@ class RunLog:
         )
 
     def add(self, name: str, step: int, value: Any) -> None:
-        """Keep a number under a measure's name, unless there is one for that step."""
+        """Keep a number under a measure's name."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self.measures.setdefault(_NAMES.get(name, name), {}).setdefault(step, float(value))
+            self.measures.setdefault(_NAMES.get(name, name), {})[step] = float(value)
+
+    def start(self, step: int) -> None:
+        """Forget what was logged beyond a step: a run begins there, or is gone on with."""
+        for points in (*self.measures.values(), *self.ranks.values()):
+            for late in [known for known in points if known > step]:
+                del points[late]
+        self.ended = -1
+        self.since = step if self.since is None else min(step, self.since)
+
+    def fill(self, other: RunLog) -> None:
+        """Take over what is known from elsewhere, where there is nothing yet."""
+        for mine, theirs in ((self.measures, other.measures), (self.ranks, other.ranks)):
+            for name, points in theirs.items():
+                mine[name] = {**points, **mine.get(name, {})}
+        self.ended = max(self.ended, other.ended)
+        self.stopped = self.stopped or other.stopped
 
 
 def read_run(folder: str | Path) -> RunLog:
@@ -135,9 +154,12 @@ def read_run(folder: str | Path) -> RunLog:
     # Of a run that was gone on with, more follows.
     if not log.stopped and log.ended >= log.last_step:
         log.stopped = "its trainer"
-    log.measures = {name: dict(sorted(points.items())) for name, points in log.measures.items()}
-    log.ranks = {name: dict(sorted(points.items())) for name, points in log.ranks.items()}
+    log.measures, log.ranks = _sorted(log.measures), _sorted(log.ranks)
     return log
+
+
+def _sorted(measures: Mapping[str, Points]) -> dict[str, Points]:
+    return {name: dict(sorted(points.items())) for name, points in measures.items() if points}
 
 
 def _states(folder: Path) -> Iterator[Path]:
@@ -170,37 +192,48 @@ def _read_lines(log: RunLog, path: Path) -> None:
 
 def _read_state(log: RunLog, path: Path) -> bool:
     """Take in a history; False, and counted as damaged, where it cannot be read."""
+    told = RunLog(log.folder)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if path.name == "trainer_state.json":
             for record in values["log_history"]:
-                _take(log, record)
-            return True
-        history = values["history"]
-        for record in history["steps"]:
-            _take(log, record)
-        for record in history["evaluations"]:
-            _take(log, {**record, "kind": "dev"}, history["metric"])
-        log.stopped = history["stopped"]
-        # The names in the log's own lines are plainer than those of its history.
-        if history["metric"] != "metric" and "dev metric" in log.measures:
-            points = log.measures.pop("dev metric")
-            log.measures.setdefault(f"dev {history['metric']}", {}).update(points)
+                _take(told, record)
+        else:
+            _take_history(told, values["history"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         log.damaged += 1
         return False
+    if log.since is not None:  # what lies beyond may be an earlier run's
+        told.start(log.since)
+    # The names in the log's own lines are plainer than those of its history.
+    named = [name for name in told.measures if name.startswith("dev ")]
+    if named and named[0] != "dev metric" and "dev metric" in log.measures:
+        log.measures[named[0]] = log.measures.pop("dev metric")
+    log.fill(told)
     return True
+
+
+def _take_history(log: RunLog, history: Mapping[str, Any]) -> None:
+    """Take in that of a run of ``fullrank train``."""
+    for record in history["steps"]:
+        _take(log, record)
+    for record in history["evaluations"]:
+        _take(log, {**record, "kind": "dev"}, history["metric"])
+    log.stopped = history["stopped"]
 
 
 def _take(log: RunLog, record: Mapping[str, Any], metric: str = "metric") -> None:
     """Sort the numbers of one record under their measures."""
     step = int(record["step"])
+    if record.get("kind") == "start":
+        log.start(step)
+        return
     if _SUMMARY in record:
         log.ended = step
         return
     if record.get("kind") == "ranks":
         for name, value in record["effective_rank"].items():
-            log.ranks.setdefault(name, {}).setdefault(step, float(value))
+            log.ranks.setdefault(name, {})[step] = float(value)
         log.add("mean effective rank share", step, record.get("mean_share"))
         return
     for name, value in record.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ def _callback_class() -> type[Any]:
 
         Every line is written in one piece as soon as it is known, so that a run can be watched.
         Beside the trainer's own numbers it holds the effective rank of every weight matrix, at
-        the start, every so many steps, and at the end.
+        the start, every so many steps, and at the end; where weights are not finite, or there are
+        none, a warning says so once. A run that begins anew in its folder, or is gone on with,
+        takes the place of what was logged beyond that step.
 
         Parameters
         ----------
@@ -50,11 +53,16 @@ def _callback_class() -> type[Any]:
             self.include = include
             self._measured = -1
             self._logged: set[str] = set()
+            self._warned = False
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
         ) -> None:
             """Measure the weights as they came."""
+            if state.is_world_process_zero:
+                # An earlier run in this folder may have got further.
+                self._write(args, {"kind": "start", "step": state.global_step})
+                self._measured = -1
             if state.is_world_process_zero and self.ranks_every:
                 self._ranks(args, state, model)
 
@@ -100,7 +108,14 @@ def _callback_class() -> type[Any]:
             if state.global_step == self._measured:
                 return
             self._measured = state.global_step
-            found = xray(model, include=self.include, show_progress=False)
+            try:
+                found = xray(model, include=self.include, show_progress=False)
+            except InputError as error:
+                # A log must not end the run that it is of.
+                if not self._warned:
+                    warnings.warn(f"no ranks at step {state.global_step}: {error}", stacklevel=2)
+                self._warned = True
+                return
             ranks = {name: round(m.spectrum.effective_rank, 4) for name, m in found.items()}
             record = {"kind": "ranks", "step": state.global_step, "effective_rank": ranks}
             self._write(args, {**record, "mean_share": found.mean_share})
