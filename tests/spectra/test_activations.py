@@ -135,6 +135,48 @@ def test_names_under_wrappers_and_a_mask_by_mapping(model):
     assert meter["layer.0"].count == int(padded()["attention_mask"].sum())
 
 
+def test_a_mask_by_place(model):
+    batch = padded()
+    one = activation_spectra(model, [batch], "layer.1")
+    two = activation_spectra(model, [(batch["input_ids"], batch["attention_mask"])], "layer.1")
+    assert one == two
+
+
+def test_what_is_computed_again_for_the_backward_pass_counts_once(model):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.inner.layer[0], x, use_reentrant=False)[0]
+
+    with ActivationMeter(Checkpointed(), "*.mlp") as meter:
+        meter._model(torch.randn(4, 5, 8)).sum().backward()
+    assert meter["inner.layer.0.mlp"].count == 20
+
+
+def test_a_decoders_tokens_are_masked_by_its_own_mask():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1}
+    model = transformers.T5Model(transformers.T5Config(num_heads=2, **sizes))
+    ids = torch.randint(1, 50, (6, 9), generator=torch.Generator().manual_seed(0))
+    mask, decoder_mask = (torch.arange(9) < n for n in (4, 7))
+    given = {"input_ids": ids, "attention_mask": mask.expand(6, 9), "decoder_input_ids": ids}
+    names = ["encoder.block.0.layer.0.SelfAttention.k", "decoder.block.0.layer.0.SelfAttention.k"]
+    names += [f"decoder.block.0.layer.1.EncDecAttention.{part}" for part in "qk"]
+
+    def counted(**more):
+        with ActivationMeter(model, names) as meter, torch.no_grad():
+            model(**given, **more)
+        return [meter[name].count for name in names]
+
+    assert counted() == [24, 54, 54, 24]
+    assert counted(decoder_attention_mask=decoder_mask.expand(6, 9)) == [24, 42, 42, 24]
+    given["decoder_input_ids"] = ids[:, :5]
+    assert counted() == [24, 30, 30, 24]
+
+
 def test_channels_of_convolutions():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())

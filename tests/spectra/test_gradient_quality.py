@@ -134,6 +134,9 @@ def test_an_interrupted_file_ends_the_same(model, tmp_path, monkeypatch):
     assert quality(model).score(data, out=tmp_path / "whole.jsonl", progress=False) == whole
     with pytest.raises(InputError, match="another model, data or settings"):
         quality(model).score(data[:3], out=tmp_path / "whole.jsonl", progress=False)
+    of_mlps = quality(model, modules=lambda name, _: "mlp" in name)
+    with pytest.raises(InputError, match="another model, data or settings"):
+        of_mlps.score(data, out=tmp_path / "whole.jsonl", progress=False)
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_alone(model):
@@ -211,8 +214,9 @@ def test_bad_input(model, tmp_path):
         quality(model, modules="nowhere").score(rows(2), progress=False)
     with pytest.raises(InputError, match="row 0: there is no instruction"):
         examples_of([{"text": "a"}])
-    with pytest.raises(InputError, match="same id"):
+    with pytest.raises(InputError, match="the id 'x'"):
         examples_of(rows(2, id="x"))
+    assert [e.id for e in examples_of(rows(2, id=None))] == ["0", "1"]
     with pytest.raises(InputError, match="no example"):
         examples_of([])
     with pytest.raises(InputError, match=r"row 0: a text is expected for .*, not a list"):

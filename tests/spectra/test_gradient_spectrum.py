@@ -13,7 +13,11 @@ transformers = pytest.importorskip("transformers")
 from fullrank.core.errors import InputError  # noqa: E402
 from fullrank.spectra.fused_projections import parts_of  # noqa: E402
 from fullrank.spectra.gradient_cosines import gradient_cosines, mean_cosines  # noqa: E402
-from fullrank.spectra.gradient_spectrum import example_gradients, gradient_spectrum  # noqa: E402
+from fullrank.spectra.gradient_spectrum import (  # noqa: E402
+    example_gradients,
+    gradient_spectrum,
+    mean_loss,
+)
 
 VECTORS = sorted((Path(__file__).parents[1] / "reference" / "gradient-quality").glob("*.npz"))
 SQUARE = r"self_attn|mlp"
@@ -137,6 +141,48 @@ def test_the_batchs_own_gradient():
         np.testing.assert_allclose(
             spectrum.values, torch.linalg.svdvals(gradient).numpy(), rtol=1e-8, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("method", ["factored", "grad"])
+def test_a_weight_that_is_used_several_times_has_one_gradient(method):
+    model, arrays = load(VECTORS[0])
+    first, second = model.model.layers[:2]
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    second.self_attn.v_proj = first.self_attn.v_proj
+    _, ids, labels, mask = batch(arrays)
+    found = gradient_spectrum(model, ids, labels, method=method, attention_mask=mask)
+    assert not any(name in found for name in ("model.layers.1.self_attn.q_proj",))
+    model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    for name, spectrum in found.items():
+        gradient = model.get_submodule(name).weight.grad
+        np.testing.assert_allclose(
+            spectrum.values, torch.linalg.svdvals(gradient).numpy(), rtol=1e-7, atol=1e-9
+        )
+
+
+def test_layers_that_read_parts_of_one_tensor():
+    class Parts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = torch.nn.Embedding(20, 8)
+            self.attn = torch.nn.ModuleDict(
+                {"k_proj": torch.nn.Linear(4, 8), "q_proj": torch.nn.Linear(8, 8)}
+            )
+            self.head = torch.nn.Linear(8, 20)
+
+        def forward(self, input_ids, **_):
+            x = self.words(input_ids)
+            mixed = self.attn["q_proj"](x) * self.attn["k_proj"](x[..., :4])
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.head(mixed))
+
+    torch.manual_seed(0)
+    model = Parts()
+    ids = torch.randint(0, 20, (1, 5))
+    found = gradient_spectrum(model, ids, ids)
+    mean_loss(model(ids).logits, ids).backward()
+    for name, spectrum in found.items():
+        expected = torch.linalg.svdvals(model.get_submodule(name).weight.grad)
+        np.testing.assert_allclose(spectrum.values, expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was():

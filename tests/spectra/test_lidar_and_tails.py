@@ -85,4 +85,7 @@ def test_too_few_values():
         heavy_tail_alpha([3.0, 2.0, 1.0], input="singular_values")
     with pytest.raises(InputError, match="at least 5"):
         heavy_tail_alpha(np.zeros((8, 8)))
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((30, 30)))[0]
+    with pytest.raises(InputError, match="1 different eigenvalues"):
+        heavy_tail_alpha(rotation)
     assert np.isnan(Spectrum([2.0, 1.0]).heavy_tail_alpha)

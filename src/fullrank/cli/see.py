@@ -140,9 +140,12 @@ def _activations(model: Any, name: str, data: str, samples: int) -> dict[str, Sp
     from fullrank.core.errors import require
     from fullrank.core.models import load_model
     from fullrank.datasets.texts import read_texts
-    from fullrank.spectra.inputs import input_spectra, token_batches
+    from fullrank.spectra.inputs import TOKENS, input_spectra, token_batches
 
     transformers = require("transformers", extra="hf")
     tokenizer = load_model(name, transformers.AutoTokenizer.from_pretrained)
     texts = read_texts(data).parts["train"]
-    return input_spectra(model, token_batches(tokenizer, texts, samples))
+    # A tokenizer may know no limit where the model's learned positions are one.
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    options = {} if positions is None else {"limit": min(TOKENS, positions)}
+    return input_spectra(model, token_batches(tokenizer, texts, samples, **options))

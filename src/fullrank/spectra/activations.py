@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,16 +27,23 @@ if TYPE_CHECKING:
 
 Side = Literal["input", "output"]
 
+# Keys and values of attention from a decoder to its encoder, as models call them.
+_FROM_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention).*\.(k|v|key|value)(_proj|_lin)?$",
+    re.IGNORECASE,
+)
+
 
 class ActivationMeter:
     """Spectra of the inputs or outputs of modules over the forward passes inside a ``with``.
 
     Each position of each sample is a vector, along the last dimension (the channels, for
     convolutions). Padding never counts: where the model is given an ``attention_mask``
-    ``(samples, positions)``, by name or in its first argument, vectors it masks are left out,
-    whether samples or positions come first inside the model (samples, where there are as many of
-    both). Where positions come one by one after those in a cache, the mask's last ones are meant.
-    Modules that give no floating-point tensor are passed over.
+    ``(samples, positions)``, by name or place or in its first argument, vectors it masks are left
+    out, whether samples or positions come first inside the model (samples, where there are as many
+    of both); in a decoder behind an encoder those that ``decoder_attention_mask`` masks. Where
+    positions come one by one after those in a cache, the mask's last ones are meant. Modules that
+    give no floating-point tensor are passed over, and what gradient checkpointing computes again.
 
     Parameters
     ----------
@@ -84,6 +93,7 @@ class ActivationMeter:
             for name in self._modules
         }
         self._mask: Tensor | None = None
+        self._decoder_mask: Tensor | None = None
         self._open: Any = None
 
     def __getitem__(self, name: str) -> SpectrumMeter:
@@ -167,37 +177,46 @@ class ActivationMeter:
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        handle = self._model.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+        # A SentenceTransformer's encode() goes past the model's own hooks.
+        first = [*self._model][:1] if isinstance(self._model, torch.nn.Sequential) else []
+        entrances = [self._model, *first]
+        handles = [
+            e.register_forward_pre_hook(self._note_mask, with_kwargs=True) for e in entrances
+        ]
         try:
             with capture(self._modules, self._consume, self._side):
                 yield
         finally:
-            handle.remove()
-            self._mask = None
+            for handle in handles:
+                handle.remove()
+            self._mask = self._decoder_mask = None
 
-    def _note_mask(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given: Mapping[str, Any] = named
-        # A SentenceTransformer takes its features as one mapping.
-        if "attention_mask" not in named and args and isinstance(args[0], Mapping):
-            given = args[0]
-        mask = given.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if self._mask is not None and (read := _positions_read(args, given)):
-            # The mask is of what a cache holds as well.
-            self._mask = self._mask[:, -read:]
+    def _note_mask(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = _given(module, args, named)
+        self._mask = _mask(given, "")
+        self._decoder_mask = _mask(given, "decoder_")
 
     def _consume(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point() or not x.ndim:
             return
+        if torch._C._current_graph_task_id() != -1:
+            return  # gradient checkpointing runs the module again in the backward pass
         vectors = _vectors(self._modules[name], x)
         try:
             self._meters[name].update(vectors, self._fitted(name, vectors))
         except InputError as error:
             raise InputError(f"{self._side} of {name or 'the model'}: {error}") from error
 
+    def _mask_of(self, name: str) -> Tensor | None:
+        """Of an encoder and decoder: the mask of the tokens that a module reads."""
+        two = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
+        if not two or "decoder" not in name.split(".") or _FROM_ENCODER.search(name):
+            return self._mask
+        return self._decoder_mask
+
     def _fitted(self, name: str, x: Tensor) -> Tensor | None:
         """Return the mask in the leading shape of vectors; None where all count."""
-        mask, lead = self._mask, x.shape[:-1]
+        mask, lead = self._mask_of(name), x.shape[:-1]
         if mask is None:
             return None
         samples, positions = mask.shape
@@ -302,10 +321,31 @@ def matching_modules(
     return found
 
 
-def _positions_read(args: tuple[Any, ...], named: Mapping[str, Any]) -> int | None:
+def _given(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of a model by name."""
+    # A SentenceTransformer takes its features as one mapping.
+    if args and isinstance(args[0], Mapping) and "attention_mask" not in named:
+        return args[0]
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    # Wrappers pass on whatever they get; tokens come first.
+    return {**dict(zip(names or ["input_ids"], args, strict=False)), **named}
+
+
+def _mask(given: Mapping[str, Any], prefix: str) -> Tensor | None:
+    """The mask of the positions that an encoder, or a decoder, reads."""
+    mask = given.get(f"{prefix}attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    # It may be of what a cache holds as well.
+    read = _positions_read(given, prefix)
+    return mask.bool()[:, -read:] if read else mask.bool()
+
+
+def _positions_read(given: Mapping[str, Any], prefix: str) -> int | None:
     """How many tokens of each sample a language model is given; None where it is given none."""
-    ids = named.get("input_ids", next(iter(args), None))
-    embedded = named.get("inputs_embeds")
+    ids: Any = given.get(f"{prefix}input_ids")
+    embedded = given.get(f"{prefix}inputs_embeds")
     if isinstance(embedded, Tensor):
         return embedded.shape[1]
     tokens = isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +100,11 @@ def examples_of(rows: Iterable[Mapping[str, Any] | Example], where: str = "data"
     ]
     if not found:
         raise InputError(f"{where} holds no example")
-    if len({example.id for example in found}) < len(found):
-        raise InputError(f"{where}: two examples have the same id")
+    twice = [id_ for id_, times in Counter(e.id for e in found).items() if times > 1]
+    if twice:
+        raise InputError(
+            f"{where}: two examples have the id {twice[0]!r} (rows without one are numbered from 0)"
+        )
     return found
 
 
@@ -119,7 +123,7 @@ def _example(row: Any, number: int, where: str) -> Example:
         prompt = f"{prompt}\n{more}"
     given = {name: _number(_first(row, names)) for name, names in _GIVEN.items()}
     return Example(
-        str(row.get("id", number)),
+        str(number if row.get("id") is None else row["id"]),
         prompt,
         response,
         {name: value for name, value in given.items() if value is not None},

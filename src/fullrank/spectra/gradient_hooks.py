@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import named_linears
+from fullrank.core.names import is_linear_like, named_linears, stored_weight
 from fullrank.linalg import gram_spectrum
 
 Modules = str | Callable[[str, nn.Module], bool]
@@ -74,18 +74,23 @@ def _adapter(name: str) -> bool:
 def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) -> Iterator[None]:
     """Hand over inputs and output gradients of layers while a backward pass goes through them.
 
-    No parameter asks for a gradient meanwhile, so that none is made; flags and gradients are
+    A weight that linear layers use several times is handed over once, with the tokens of all its
+    uses. No parameter asks for a gradient meanwhile, so that none is made; flags and gradients are
     afterwards as they were.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    uses = {id(stored_weight(layer)): _Uses(name, consume) for name, layer in layers.items()}
     handles = [
-        layer.register_forward_hook(_hook(name, consume), with_kwargs=True)
-        for name, layer in layers.items()
+        layer.register_forward_hook(uses[id(stored_weight(layer))].watch, with_kwargs=True)
+        for layer in model.modules()
+        if is_linear_like(layer) and id(stored_weight(layer)) in uses
     ]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
+        for each in uses.values():
+            each.hand_over()
     finally:
         for handle in handles:
             handle.remove()
@@ -93,17 +98,41 @@ def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) 
             parameter.requires_grad_(wanted)
 
 
-def _hook(name: str, consume: Consume) -> Callable[..., Any]:
-    def run(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+class _Uses:
+    """Inputs and output gradients of one weight, from every place where it is used."""
+
+    def __init__(self, name: str, consume: Consume) -> None:
+        self._name, self._consume = name, consume
+        self._open = 0
+        self._caught: list[tuple[Tensor, Tensor]] = []
+
+    def watch(
+        self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """Forward hook."""
         x = next(iter((*args, *named.values()))).detach()
         # With frozen weights the graph begins here. What an adapter adds to in place must be no
         # leaf of it.
         out = output if output.requires_grad else output.detach().requires_grad_(True).clone()
         watched: Any = out  # torch's register_hook has no types
-        watched.register_hook(lambda gradient: consume(name, x, gradient.detach()))
+        watched.register_hook(lambda gradient: self._take(x, gradient.detach()))
+        self._open += 1
         return out
 
-    return run
+    def _take(self, x: Tensor, gradient: Tensor) -> None:
+        self._caught.append((x, gradient))
+        self._open -= 1
+        if not self._open:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Pass on what there is; at the end, where an output did not take part in the loss."""
+        if len(self._caught) > 1:
+            inputs, gradients = (torch.cat(each, -2) for each in zip(*self._caught, strict=True))
+            self._consume(self._name, inputs, gradients)
+        elif self._caught:
+            self._consume(self._name, *self._caught[0])
+        self._caught = []
 
 
 class Factor:

@@ -22,7 +22,7 @@ from fullrank.core.progress import progress as progress_bar
 from fullrank.core.table import Cell, Table
 from fullrank.spectra.gradient_comparison import Comparison
 from fullrank.spectra.gradient_examples import Example, Tokens, examples_of, padded, tokens_of
-from fullrank.spectra.gradient_hooks import Method, Modules
+from fullrank.spectra.gradient_hooks import Method, Modules, chosen_layers
 from fullrank.spectra.gradient_score_file import ScoreFile
 from fullrank.spectra.gradient_spectrum import example_gradients
 
@@ -360,7 +360,9 @@ class GradientQuality:
             "model": model_fingerprint(self.model),
             "weights": weights.hexdigest()[:16],
             "data": digest.hexdigest()[:16],
-            "modules": self.modules if isinstance(self.modules, str) else "function",
+            "modules": self.modules
+            if isinstance(self.modules, str)
+            else list(chosen_layers(self.model, self.modules)),
             "length_match": length,
             "batch_tokens": self.batch_tokens,
         }

@@ -67,6 +67,9 @@ def gradient_spectrum(
 ) -> dict[str, Spectrum]:
     """Spectra of the gradient of the mean loss over all scored tokens of a batch.
 
+    A weight that several linear layers use, or one layer several times, has one gradient, that of
+    all its uses (but not of its use as an embedding).
+
     Parameters
     ----------
     model
@@ -206,6 +209,10 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), shifted.flatten(), ignore_index=_IGNORED)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return all(get(one) == get(other) for get in (Tensor.data_ptr, Tensor.size, Tensor.stride))
+
+
 class _Job(NamedTuple):
     """Output gradients ``D`` of an example, and where the singular values go."""
 
@@ -251,7 +258,7 @@ class _Sinks:
             job.values[job.part] = values
 
     def _factors(self, x: Tensor, dtype: torch.dtype) -> list[Factor]:
-        if self._last is None or self._last[0].data_ptr() != x.data_ptr():
+        if self._last is None or not _same(self._last[0], x):
             self._last = (x, [Factor(X) for X in self._split(x.to(dtype))])
         return self._last[1]
 

@@ -17,6 +17,8 @@ from fullrank.core.errors import InputError
 from fullrank.spectra.values import Input, singular_values
 
 _LEAST = 5
+# Logarithms of eigenvalues that differ by less do so in rounding, of float32 perhaps.
+_SAME = 1e-5
 """Eigenvalues of a tail, at least: fewer fit anything."""
 
 
@@ -80,8 +82,11 @@ def heavy_tail_alpha(x: Any, *, input: Input = "matrix") -> TailFit:
     largest = float(values.max())
     # Below this, squares of rounding.
     logs = np.sort(2 * np.log(values[values > 1e-8 * largest] / (largest or 1.0)))[::-1]
-    if len(np.unique(logs)) < _LEAST:
-        raise InputError(f"{len(logs)} eigenvalues above zero; at least {_LEAST} make a tail")
+    different = len(np.unique(np.round(logs / _SAME)))
+    if different < _LEAST:
+        raise InputError(
+            f"{different} different eigenvalues above zero; at least {_LEAST} make a tail"
+        )
     counts = np.arange(1, len(logs) + 1)
     excess = np.cumsum(logs) - counts * logs
     best: TailFit | None = None

@@ -13,7 +13,7 @@ from fullrank.spectra.spectrum import Spectrum
 if TYPE_CHECKING:
     from torch import nn
 
-_TOKENS = 256  # of a text, at most
+TOKENS = 256  # of a text, at most
 _PASSAGE = 1000  # characters; longer texts are cut, so that a book is many samples
 
 
@@ -51,7 +51,7 @@ def input_spectra(model: nn.Module, batches: Iterable[Any]) -> dict[str, Spectru
 
 
 def token_batches(
-    tokenizer: Any, texts: Sequence[str], samples: int, *, limit: int = _TOKENS, size: int = 16
+    tokenizer: Any, texts: Sequence[str], samples: int, *, limit: int = TOKENS, size: int = 16
 ) -> list[Any]:
     """Tokenise the first ``samples`` passages of texts, ``size`` a batch, for a model to run on.
 
