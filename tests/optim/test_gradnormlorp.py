@@ -285,3 +285,19 @@ def test_skips_known_to_the_device_only(mode, moments, monkeypatch):
 def test_bad_arguments_raise(options, message):
     with pytest.raises(InputError, match=message):
         GradNormLoRPAdamW([nn.Parameter(torch.randn(6, 8))], **{"rank": 2, **options})
+
+
+def test_a_weight_that_is_changed_from_outside_is_taken_as_it_is_then():
+    W = nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+    optimizer = GradNormLoRPAdamW([W], rank=2, lr=0.01)
+    for _ in range(3):
+        W.grad = torch.randn_like(W)
+        optimizer.step()
+    loaded = torch.randn_like(W)
+    loaded[2] = 0
+    with torch.no_grad():
+        W.copy_(loaded)
+    optimizer.param_groups[0]["lr"] = 0.0
+    W.grad = torch.randn_like(W)
+    optimizer.step()
+    torch.testing.assert_close(W.detach(), loaded, rtol=1e-12, atol=0)

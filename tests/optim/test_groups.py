@@ -386,3 +386,18 @@ def test_gradients_that_give_no_plan():
     model.conv.weight.grad[0, 0] = math.inf
     with pytest.raises(InputError, match="gradient of conv holds NaN or infinity"):
         gradient_plan(model)
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, LIFT])
+def test_weights_that_are_computed_are_stepped_by_what_they_are_computed_from(kind):
+    def normed(layer):
+        return nn.utils.parametrizations.weight_norm(layer)
+
+    model = nn.Sequential(normed(nn.Linear(12, 16)), nn.Tanh(), nn.Linear(16, 14))
+    groups = param_groups(model, kind, rank=2, verbose=False)
+    optimizer = kind(groups)
+    model(torch.ones(3, 12)).square().sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert [each.name for each in MKOR(model, None).layers] == ["2"]

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -388,7 +390,7 @@ def test_models_it_cannot_work_on():
         MKOR(nn.Linear(2, 2, dtype=torch.complex64))
     with pytest.warns(UserWarning, match="found no"):
         MKOR(nn.LayerNorm(4), SGD)
-    with pytest.raises(InputError, match="MKOR itself"):
+    with pytest.raises(InputError, match="optimizer is MKOR"):
         MKOR(net(), MKOR(net(), SGD))
     model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
     optimizer = MKOR(model, SGD)
@@ -397,3 +399,38 @@ def test_models_it_cannot_work_on():
         optimizer.step()
     with pytest.raises(InputError, match="no layer 'x'"):
         optimizer.factors("x")
+
+
+def test_a_pass_without_rows_says_nothing():
+    model = nn.Linear(4, 3)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1), inv_freq=1)
+    (model(torch.randn(0, 4)).sum() + model(torch.ones(2, 4)).sum()).backward()
+    optimizer.step()
+    assert all(factor.isfinite().all() for factor in optimizer.factors(""))
+    optimizer.zero_grad()
+    model(torch.randn(0, 4)).sum().backward()
+    optimizer.step()
+    assert model.weight.isfinite().all()
+
+
+def test_the_inner_optimizers_own_state_can_be_loaded():
+    model = net()
+    optimizer = MKOR(model, SGD(model.parameters()))
+    train(model, optimizer, range(2))
+    optimizer.inner.load_state_dict(optimizer.inner.state_dict())
+    assert optimizer.param_groups is optimizer.inner.param_groups
+    assert optimizer.state is optimizer.inner.state
+
+
+def test_a_model_outlives_its_optimizer_and_can_be_saved(tmp_path):
+    model = net()
+    optimizer = MKOR(model, SGD(model.parameters()))
+    train(model, optimizer, range(2))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(batch(0)), model(batch(0)))
+    inner = weakref.ref(optimizer.inner)
+    del optimizer
+    gc.collect()
+    assert inner() is None
+    assert not any(module._forward_hooks for module in model.modules())

@@ -182,3 +182,88 @@ def test_distributed_checkpoint_allocates_without_refreshing(case, dtype, tmp_pa
     advance(twin, other, range(4, 9))
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+CHANGES = {
+    "rank": (GaLoreAdamW, {}, 5),
+    "state_bits": (GaLoreAdamW, EIGHT, 32),
+    "proj_type": (FiraAdamW, {}, "full"),
+    "density": (FrugalAdamW, {"subspace": "columns"}, 0.5),
+    "limiter": (FiraAdamW, {"limiter": None}, 1.01),
+    "momentum": (FiraRMSprop, {}, 0.9),
+    "beta1": (GaLoreAdafactor, {}, 0.9),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+@pytest.mark.parametrize("then", ["step", "copy", "add"])
+def test_what_the_state_was_made_for_cannot_change(key, then):
+    kind, options, value = CHANGES[key]
+    W = nn.Parameter(torch.randn(12, 8))
+    own = {"is_proj_params": True} if kind is FrugalAdamW else {"rank": 3}
+    optimizer = kind([{"params": [W], **own}], **options)
+
+    def step(optimizer):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    step(optimizer)
+    before = optimizer.param_groups[0][key]
+    optimizer.param_groups[0][key] = value
+    if then == "copy":
+        optimizer = copy.deepcopy(optimizer)
+    elif then == "add":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(InputError, match=r"has the state .*make a new optimizer"):
+        step(optimizer)
+    optimizer.param_groups[0][key] = before
+    step(optimizer)
+
+
+def test_before_the_first_step_everything_can_change():
+    W = nn.Parameter(torch.randn(12, 8))
+    optimizer = GaLoreAdamW([{"params": [W], "rank": 3}])
+    optimizer.param_groups[0]["rank"] = 5
+    W.data = W.data.double()
+    W.grad = torch.ones_like(W)
+    optimizer.step()
+    assert optimizer.state[W]["exp_avg"].shape == (12, 5)
+    assert optimizer.state[W]["exp_avg"].dtype == torch.float64
+
+
+def test_what_a_schedule_changes_costs_no_state():
+    W = nn.Parameter(torch.randn(12, 8))
+    optimizer = GaLoreAdamW([{"params": [W], "rank": 3}])
+    for lr in (0.1, 0.2):
+        optimizer.param_groups[0].update(lr=lr, betas=(lr, 0.9), weight_decay=lr)
+        W.grad = torch.ones_like(W)
+        optimizer.step()
+    assert optimizer.state[W]["step"] == 2
+
+
+@pytest.mark.parametrize("subspace", ["columns", "rows", "randk"])
+def test_coordinates_that_a_hook_chose_are_saved(subspace):
+    def hook(weight, grad, side):
+        count = {"columns": 2, "rows": 1, "randk": 12}[side]
+        where = grad if side == "randk" else grad.norm(dim=0 if side == "columns" else 1)
+        return where.flatten().topk(count).indices
+
+    def make(param):
+        groups = [{"params": [param], "is_proj_params": True}]
+        return FrugalAdamW(groups, subspace=subspace, lr=0.1, update_gap=9, projection_hook=hook)
+
+    p = nn.Parameter(torch.zeros(6, 8))
+    one = make(p)
+    grads = torch.randn(6, 6, 8, generator=torch.Generator().manual_seed(0))
+    for grad in grads[:3]:
+        p.grad = grad.clone()
+        one.step()
+    q = nn.Parameter(p.detach().clone())
+    two = make(q)
+    two.load_state_dict(through_a_file(one.state_dict()))
+    for grad in grads[3:]:
+        for param, optimizer in ((p, one), (q, two)):
+            param.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(p, q)

@@ -153,3 +153,13 @@ def test_seeds():
     for bad in (1.5, True, "x"):
         with pytest.raises(InputError, match="generator="):
             seed_of(bad)
+
+
+def test_iteration_from_all_directions_of_a_side_sees_new_ones():
+    torch.manual_seed(0)
+    first, second = torch.zeros(2, 4, 9)
+    first[:, :4], second[:, 5:] = torch.randn(2, 4, 4)
+    space = IterativeSubspace(4, "right").fit(first, first)
+    again = space.fit(second, second)
+    kept = again.down(second).square().sum() / second.square().sum()
+    assert kept > 1 - 1e-5

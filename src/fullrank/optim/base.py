@@ -154,7 +154,7 @@ class SubspaceOptimizer(FullrankOptimizer):
             place = self.place_of(param)
             group = self.param_groups[place[0]]
             space = self.choose(param, group, place)
-            slot = make_slot(param, group, place, self._parts_of(place[0]), space)
+            slot = make_slot(param, group, place, self.parts(group), space)
             self._slots[param] = slot
         return slot
 
@@ -165,6 +165,8 @@ class SubspaceOptimizer(FullrankOptimizer):
 
     def state_spec(self, param: Tensor, group: dict[str, Any]) -> Spec:
         """Shape and dtype of the moments and the bases."""
+        if not self.state.get(param):
+            self._slots.pop(param, None)  # the group, or the weight's dtype, may have changed
         slot = self._slot(param)
         # A schedule may have changed what the group says since the slot was made.
         slot.parts = self.parts(group)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fullrank.core.errors import InputError
 from fullrank.optim.checks import Check, check_group, one_of, plain
 from fullrank.optim.gradients import NonFinite, Verdict, check_dense, host_decides, judge, norms
-from fullrank.optim.resume import restored
+from fullrank.optim.resume import check_kept, made_for, restored
 from fullrank.optim.sharded import is_sharded, local, zeros
 
 State = dict[str, Any]
@@ -103,6 +103,8 @@ class FullrankOptimizer(Optimizer):
         one_of("skip", "raise", "ignore")("nonfinite", arguments["nonfinite"])
         self.nonfinite: NonFinite = arguments["nonfinite"]
         self._places: dict[Tensor, tuple[int, int]] = {}
+        # What each group said when its state was last looked at.
+        self._settled: dict[int, dict[str, Any]] = {}
         defaults = {name: plain(arguments[name]) for name in self.checks}
         check_group(defaults, self.checks)
         super().__init__(params, defaults)
@@ -279,7 +281,7 @@ class FullrankOptimizer(Optimizer):
         return self.expected_state(param)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {"nonfinite": self.nonfinite, "_places": {}}
+        kept: dict[str, Any] = {"nonfinite": self.nonfinite, "_places": {}, "_settled": {}}
         return {**super().__getstate__(), **kept}
 
     # -- the step --------------------------------------------------------------------------
@@ -307,6 +309,7 @@ class FullrankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle(range(len(self.param_groups)))
         entries = list(self._entries())
         if entries:
             self._take(entries)
@@ -316,9 +319,29 @@ class FullrankOptimizer(Optimizer):
     def step_parameter(self, param: Tensor) -> None:
         """Step one parameter alone, by its gradient; see :func:`step_per_layer`."""
         g, i = self.place_of(param)
+        self._settle([g])
         entry = self._entry(g, i, param)
         entry.alone = True
         self._take([entry])
+
+    def _settle(self, groups: Iterable[int]) -> None:
+        """See that the state there is is what the groups still ask for."""
+        for g in groups:
+            group = self.param_groups[g]
+            now, before = made_for(group, self.checks), self._settled.get(g)
+            if now == before:
+                continue
+            if before is not None:
+                self.forget()
+            try:
+                for i, param in enumerate(group["params"]):
+                    if state := self.state.get(param):
+                        spec = self.saved_spec(param, state)
+                        check_kept(state, spec, self._name(g, i), before, now)
+            except InputError:
+                self.forget()  # what was derived from what the group says now
+                raise
+            self._settled[g] = now
 
     def _entries(self) -> Iterator[Entry]:
         for g, group in enumerate(self.param_groups):

@@ -92,8 +92,8 @@ class FrugalAdamW(SubspaceOptimizer):
         Parameters of a group of their own with ``is_proj_params=True``.
     plan, nonfinite, projection_hook
         See :class:`SubspaceOptimizer`. The hook's side is that of the projection, ``"columns"``,
-        ``"rows"`` or ``"randk"`` (it returns indices, flat ones for entries) or ``"block"`` (it
-        returns whether the tensor is active).
+        ``"rows"`` or ``"randk"`` (it returns indices, flat ones for entries, which are then saved)
+        or ``"block"`` (it returns whether the tensor is active).
 
     Raises
     ------
@@ -240,7 +240,7 @@ class FrugalAdamW(SubspaceOptimizer):
             count = share(total, group["density"]) if rank is None else min(rank, total)
             if count in (0, total):
                 return Everything() if count else Nothing()
-            return Coordinates(count, side, shape)
+            return Coordinates(count, side, shape, keep=self.projection_hook is not None)
         return self._directions(group, rank, shape)
 
     @staticmethod

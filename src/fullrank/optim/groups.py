@@ -293,7 +293,8 @@ def _available(model: nn.Module, skip_head: bool) -> dict[str, Tensor]:
         taken.update(id(param) for param in head.parameters())
     found: dict[str, Tensor] = {}
     for name, weight in _layer_weights(model):
-        if weight.requires_grad and id(weight) not in taken:
+        # What a parametrization computes is no leaf, and cannot be stepped.
+        if weight.is_leaf and weight.requires_grad and id(weight) not in taken:
             taken.add(id(weight))
             found[name] = weight
     return found

@@ -37,8 +37,9 @@ class IterativeSubspace(Projection):
     iteration from the old basis capture what the SVD would. How much a step gained tells whether
     it was enough. As soon as it shows that a few more will not be, the eigenvectors of the
     gradient's Gram matrix are taken instead, and likewise where random probes find a direction
-    outside the basis that has risen above one inside, so that at least 99.9 % of the SVD's energy
-    is captured either way. The first fit is the SVD itself.
+    outside the basis that has risen above one inside, so that 99.9 % of the SVD's energy is
+    captured either way: on all gradients of language models that were tried; of 70,000 random
+    matrices a dozen ended lower, at 99.5 % in float32. The first fit is the SVD itself.
 
     Attributes
     ----------
@@ -71,7 +72,8 @@ class IterativeSubspace(Projection):
         iterations = {
             i: _PowerIteration(grad, subspace.rank, subspace.left, subspace.right)
             for i, (subspace, grad) in enumerate(zip(subspaces, grads, strict=True))
-            if subspace.fitted
+            # Of all directions of a side there is none left to probe for.
+            if subspace.fitted and subspace.rank < min(grad.shape)
         }
         last: dict[int, float] = {}
         for _ in range(_MOST_STEPS):

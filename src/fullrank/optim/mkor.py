@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -165,10 +166,14 @@ class MKOR(Optimizer):
         check_schedule(inv_freq, warmup_steps, nonfinite)
         check_model(model)
         self.inner = make_inner(model, optimizer)
-        if isinstance(self.inner, MKOR):
-            raise InputError("the inner optimizer is MKOR itself; give it a first-order one")
+        if isinstance(self.inner, MKOR | torch.optim.LBFGS):
+            raise InputError(
+                f"the inner optimizer is {type(self.inner).__name__}; give it a first-order one"
+            )
         super().__init__([{"params": group["params"]} for group in self.inner.param_groups], {})
         self._link()
+        this = weakref.ref(self)
+        self.inner.register_load_state_dict_post_hook(lambda _: _linked(this()))
         self.inv_freq, self.warmup_steps, self.steps = inv_freq, warmup_steps, 0
         self.nonfinite: NonFinite = nonfinite
         self.process_group = process_group
@@ -177,6 +182,8 @@ class MKOR(Optimizer):
         self._names = {id(p): repr(name) for name, p in model.named_parameters()}
         self._hooks = Hooks()
         self._hooks.attach(self.layers, self._due)
+        # The model outlives its optimizers.
+        weakref.finalize(self, self._hooks.remove)
 
     def _link(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -390,7 +397,6 @@ class MKOR(Optimizer):
             for layer, state in zip(self.layers, before, strict=True):
                 layer.load(state)
             raise
-        self._link()
         self._clear()
         self.steps = own["steps"]
 
@@ -399,3 +405,9 @@ class MKOR(Optimizer):
             "MKOR cannot be copied or pickled: its hooks belong to one model. "
             "Make a new one and load this one's state_dict()"
         )
+
+
+def _linked(optimizer: MKOR | None) -> None:
+    """Share what the inner optimizer has loaded by itself."""
+    if optimizer is not None:
+        optimizer._link()

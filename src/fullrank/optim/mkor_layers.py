@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,23 +62,21 @@ class Layer:
 
     def watch(self, due: Callable[[], bool]) -> RemovableHandle:
         """Take statistics of every pass with gradients while ``due()`` says so."""
-        layer = self
-
-        # A plain function, which a copy of the model shares: it then sees a foreign module.
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            wanted = module is layer.module and module.weight.requires_grad and due()
-            if not (wanted and torch.is_grad_enabled() and output.requires_grad):
-                return
-            if module.weight.grad is None:  # what is there belongs to a step that was not taken
-                layer.statistics.clear()
-            mask = layer._mask(output)
-            a = layer.input_mean(args[0] if args else kwargs["input"], mask)
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda grad: layer.statistics.add(a, layer.output_mean(grad, mask))
-            )
-
-        handle: RemovableHandle = self.module.register_forward_hook(after, with_kwargs=True)
+        hook = _Watch(self, due)
+        handle: RemovableHandle = self.module.register_forward_hook(hook, with_kwargs=True)
         return handle
+
+    def note(self, x: Tensor, output: Tensor) -> None:
+        """Take in a pass's inputs, and its output's gradient when that comes."""
+        if not output.numel():
+            return  # no rows, as of an expert without tokens: no means
+        if self.module.weight.grad is None:  # what is there belongs to a step that was not taken
+            self.statistics.clear()
+        mask = self._mask(output)
+        a = self.input_mean(x, mask)
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad: self.statistics.add(a, self.output_mean(grad, mask))
+        )
 
     def _mask(self, output: Tensor) -> Tensor | None:
         mask = self.settings.row_mask
@@ -250,14 +249,48 @@ class Layer:
         self.pull = state["pull"].to(self.pull, copy=True)
 
 
+class _Watch:
+    """The forward hook of a layer, which lives on the model and keeps nothing else alive.
+
+    A copy of the model shares it, where it sees a foreign module; a saved model gets one that does
+    nothing.
+    """
+
+    def __init__(self, layer: Layer, due: Callable[[], bool]) -> None:
+        self._layer = weakref.ref(layer)
+        self._due = weakref.WeakMethod(due)
+
+    def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        layer, due = self._layer(), self._due()
+        if layer is None or due is None or module is not layer.module:
+            return
+        wanted = module.weight.requires_grad and due()
+        if wanted and torch.is_grad_enabled() and output.requires_grad:
+            layer.note(args[0] if args else kwargs["input"], output)
+
+    def __deepcopy__(self, memo: Any) -> _Watch:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_watch, ()
+
+
+def _no_watch() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    """Do nothing, as the hook of a saved model."""
+
+
 # -- which layers ----------------------------------------------------------------------------
 
 
 def find_layers(model: nn.Module, exclude: Exclude, settings: Settings) -> list[Layer]:
     """Layers of a model that can be preconditioned.
 
-    Linear (transformers' ``Conv1D`` too) and ungrouped Conv2d whose weight and bias belong to no
-    other module.
+    Linear (transformers' ``Conv1D`` too) and ungrouped Conv2d whose weight and bias are parameters
+    that belong to no other module.
 
     Raises
     ------
@@ -280,8 +313,8 @@ def find_layers(model: nn.Module, exclude: Exclude, settings: Settings) -> list[
         out = [i for i, each in enumerate(given) if _is(each, name, module)]
         for i in out:
             unused.pop(i, None)
-        own = module.parameters(recurse=False)
-        if not out and all(owners[id(param)] == 1 for param in own):
+        own = dict(module.named_parameters(recurse=False))
+        if not out and "weight" in own and all(owners[id(param)] == 1 for param in own.values()):
             found.append(Layer(name, module, settings))
     if unused:
         names = ", ".join(name for name, _ in list(_candidates(model))[:4])

@@ -19,6 +19,8 @@ Mode = Literal["consistent", "official"]
 
 # Rows shorter than this have no direction.
 _TINY = 1e-12
+# A row that differs by more than this share from its magnitude was changed from outside.
+_CHANGED = 1e-3
 
 
 class Reparametrisation(Protocol):
@@ -107,7 +109,17 @@ class RowNorm:
     def gradients(
         self, weight: Tensor, grad: Tensor, state: State, out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`weight_norm_gradients`."""
+        """See :func:`weight_norm_gradients`.
+
+        A row that was changed since the last step, as when other weights are loaded, is taken as it
+        is then.
+        """
+        g, norm = state["magnitude"], state["direction_norm"]
+        length = _row_norm(weight, g.dtype)
+        loose = max(_CHANGED, 4 * torch.finfo(weight.dtype).eps)
+        changed = (length - g.abs()).abs() > loose * g.abs()
+        g.copy_(torch.where(changed, length, g))
+        norm.copy_(torch.where(changed, length, norm))
         return weight_norm_gradients(weight, grad, state["magnitude"], state["direction_norm"], out)
 
     def write(self, move: Move, magnitude_step: Tensor, decay: float) -> None:
@@ -141,6 +153,7 @@ class OfficialRowNorm:
 
     The gradient is not made orthogonal to v, and what a magnitude learned is gone a step later:
     v follows plain GaLore, and W is v with its rows rescaled by one Adam step. Vectors are one row.
+    A weight that is changed from outside goes back to v.
     """
 
     whole = True
