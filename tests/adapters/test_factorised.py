@@ -10,7 +10,14 @@ from torch import nn
 from fullrank.adapters.adapt import adapt
 from fullrank.adapters.adapt_methods import METHODS
 from fullrank.adapters.lora_sb import LoraSBConfig
-from fullrank.compress import Fixed, LowRankLinear, factorize, make_plan
+from fullrank.compress import (
+    Fixed,
+    LoRDConfig,
+    LowRankLinear,
+    factorize,
+    lord_compress,
+    make_plan,
+)
 from fullrank.core.errors import InputError
 
 peft = pytest.importorskip("peft")
@@ -109,3 +116,28 @@ def test_a_merged_transformers_model_saves_and_loads(tmp_path):
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "merged")
     ids = torch.arange(6)[None]
     assert torch.equal(loaded(ids).last_hidden_state, merged(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("method", ["lora", "hydra"])
+def test_merging_keeps_biases_that_the_architecture_has_not(method, tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(20, (16, 8))} for _ in range(4)]
+    settings = LoRDConfig(budget=0.7, rank_multiple=2)
+    lord_compress(model, batches, settings, progress=False)
+    targets = ["o_proj", "up_proj", "lm_head"]
+    tuned = put_on(method, model, targets=targets, data=batches)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    merged = tuned.merge_and_unload()
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(loaded(**batches[0]).logits, merged(**batches[0]).logits)

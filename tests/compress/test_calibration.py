@@ -1,5 +1,6 @@
 """Streaming statistics: independent of batching, blind to padding, one side or the other."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,6 +144,44 @@ def test_tokens_may_be_laid_out_in_any_way(model, layout):
             torch.testing.assert_close(first.second, second.second)
 
 
+@pytest.mark.parametrize("length", [4, 6])
+def test_a_decoder_has_a_mask_of_its_own(length):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1}
+    config = transformers.T5Config(vocab_size=20, decoder_start_token_id=0, **sizes)
+    net = transformers.T5ForConditionalGeneration(config).double()
+    read, written = batch([6, 3, 2], 6), batch([2, 4, 1], length)
+    data = {**read, **{f"decoder_{name}": value for name, value in written.items()}}
+    layers = factorisable(net, include="*")
+    stats = CalibrationStats(layers, gradients=True).observe(net, [data], progress=False)
+    for name in stats:
+        from_encoder = "encoder" in name or "EncDecAttention.k" in name
+        from_encoder |= "EncDecAttention.v" in name
+        assert stats[name].count == (11 if from_encoder else 7), name
+        assert stats[name].reaction.gradient.count == stats[name].count
+    # What is padding makes no difference.
+    other = {name: value.clone() for name, value in data.items()}
+    other["decoder_input_ids"][written["attention_mask"] == 0] = 1
+    again = CalibrationStats(layers, gradients=True).observe(net, [other], progress=False)
+    for name in stats:
+        found, wanted = again[name].reaction.gradient, stats[name].reaction.gradient
+        torch.testing.assert_close(found.second, wanted.second)
+
+
+def test_sums_over_sequences_do_not_leave_the_range_of_float16():
+    net = TokenModel(8, 24)
+    net.embed.weight.data[:, 0] = 300.0
+    net.up.weight.data[:, 0] = 0.0
+    data = {"input_ids": torch.ones(2, 400, dtype=torch.long)}
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
+    for dtype, mask in ((torch.float16, True), (torch.float16, False), (torch.bfloat16, True)):
+        stats = CalibrationStats({"up": net.to(dtype).up}, gradients=True)
+        with stats.watch(lambda mask=mask: data["attention_mask"] if mask else None):
+            net.up(net.embed(data["input_ids"]))
+        assert float(stats["up"].reaction.sequence_mean.mean[0]) == 300
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_those_before_what_works_in_place(frozen):
     torch.manual_seed(0)
@@ -192,6 +231,23 @@ def test_model_is_left_as_it_was(model):
     assert model.training
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "form", [list, tuple, iter, np.array, lambda texts: dict(enumerate(texts)).values()]
+)
+def test_texts_come_in_any_iterable(model, form):
+    def tokenizer(texts, **_):
+        return batch([len(text) for text in texts], max(map(len, texts)))
+
+    data = Batches(model, form(["aaa", "b", "cc"]), batch_size=2, tokenizer=tokenizer)
+    for _ in range(2):
+        # Wrapped once more, they keep their tokenizer.
+        lengths = [b["attention_mask"].sum(1).tolist() for b in Batches(model, data)]
+        assert lengths == [[1, 2], [3]]
+        if form is iter:
+            break
+    assert [len(x) for x in Batches(model, iter([torch.ones(2, 3), torch.ones(4, 3)]))] == [2, 4]
 
 
 def test_bad_data_is_named(model):

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fullrank.compress import (
@@ -22,6 +24,7 @@ from fullrank.compress import (
     report,
     save,
 )
+from fullrank.compress.store import to_dense
 from fullrank.core.errors import StoreError
 from fullrank.core.plan import PlanEntry
 
@@ -45,6 +48,22 @@ def bert(cls=None):
 
 def shrunk(model, rank=6):
     return factorize(model, make_plan(model, Fixed(rank)), progress=False)
+
+
+def llama():
+    """A model whose architecture has no biases, with factors that have."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    data = [{"input_ids": torch.randint(0, 50, (8, 16))} for _ in range(4)]
+    lord_compress(model, data, LoRDConfig(budget=0.6, rank_multiple=4), progress=False)
+    return model
 
 
 def ids():
@@ -117,8 +136,6 @@ print("equal")
 
 
 def test_plain_loading_is_bit_equal_in_a_new_process(tmp_path):
-    from safetensors.torch import save_file
-
     model = sentence_model(tmp_path)
     texts = ["a b c d", "e f g", "h i j k l m", "n o p q r s t u", "v w x y z"] * 8
     lord_compress(model, texts, LoRDConfig(budget=0.6), progress=False)
@@ -227,6 +244,69 @@ def test_dense_export_needs_no_fullrank_and_says_its_size(tmp_path):
     )
     with pytest.raises(StoreError, match="exists already"):
         export_dense(model, tmp_path / "dense")
+
+
+def test_biases_that_an_architecture_would_drop_are_not_exported(tmp_path):
+    model = llama()
+    with pytest.raises(StoreError, match=r"a bias that the architecture has not.* save the model"):
+        export_dense(model, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    to_dense(model)
+    with pytest.raises(StoreError, match="a bias that the architecture has not"):
+        export_dense(model, tmp_path / "dense")
+    # With fullrank they are no matter.
+    loaded = load(save(model, tmp_path / "wide"))
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, nn.Linear)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+
+
+def test_added_biases_of_plain_modules_load(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 16, 3, bias=False)
+        return nn.Sequential(conv, nn.Flatten(), nn.Linear(64, 32, bias=False)).eval()
+
+    x = torch.randn(50, 3, 4, 4) + 1
+    plan = RankPlan(
+        {"0": PlanEntry((16, 27), 4, "output_pca", scheme="channel"),
+         "2": PlanEntry((32, 64), 4, "output_pca")}
+    )  # fmt: skip
+    model = to_dense(factorize(net(), plan, [x], progress=False))
+    assert model[0].bias is not None
+    for into in (net(), net().to("meta")):
+        assert torch.equal(load(save_anew(model, tmp_path), into=into)(x), model(x))
+
+
+def save_anew(model, tmp_path):
+    return save(model, tmp_path / str(len(list(tmp_path.iterdir()))))
+
+
+def test_what_changed_since_is_saved(tmp_path):
+    model = shrunk(bert())
+    first = model.encoder.layer[0]
+    first.output.dense.truncate(3)
+    first.intermediate.dense = first.intermediate.dense.to_dense()
+    for copied in (model, copy.deepcopy(model)):
+        copied.encoder.layer[1].output.dense.truncate(2 if copied is model else 4)
+        copied.save_pretrained(folder := tmp_path / str(len(list(tmp_path.iterdir()))))
+        loaded = transformers.AutoModel.from_pretrained(folder)
+        assert report(loaded).rows == report(copied).rows
+        assert torch.equal(loaded(ids()).last_hidden_state, copied(ids()).last_hidden_state)
+    # A loaded model is followed as well, one that was pickled is as it was.
+    loaded.encoder.layer[0].output.dense.truncate(1)
+    loaded = pickle.loads(pickle.dumps(loaded))
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids()).last_hidden_state, loaded(ids()).last_hidden_state)
+
+
+def test_factors_that_are_not_in_the_file_are_missed(tmp_path):
+    folder = save(shrunk(bert()), tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.0.output.dense.second"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StoreError, match=r"encoder\.layer\.0\.output\.dense as factorised, but"):
+        transformers.AutoModel.from_pretrained(folder)
 
 
 def test_dense_export_of_conv1d_layers_keeps_their_orientation(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fullrank.compress import LowRankLinear
+from fullrank.compress import LowRankLinear, load, save
 from fullrank.compress.maestro import Maestro
 from fullrank.compress.maestro_sampler import PairSampler
-from fullrank.core.errors import InputError
+from fullrank.core.errors import InputError, StoreError
 
 FOLDER = Path(__file__).parents[1] / "reference" / "maestro"
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -321,6 +321,17 @@ def test_rank_zero_is_the_bias(bias):
     assert torch.isfinite(maestro.penalty())
     with pytest.raises(InputError, match="shrunk to rank 0"), maestro.sample():
         pass
+
+
+def test_a_model_in_training_is_not_saved(tmp_path):
+    maestro = Maestro(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    maestro.set_ranks({"0": 2})
+    with pytest.raises(StoreError, match=r"0 is in training by Maestro.*export\(\)"):
+        save(maestro.model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    x, small = torch.randn(3, 8), maestro.export()
+    dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    assert torch.equal(load(save(small, tmp_path / "model"), into=dense)(x), small(x))
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1), (13, 7), (7, 13)])

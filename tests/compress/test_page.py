@@ -105,6 +105,7 @@ def test_small_errors_are_told_apart_and_a_small_map_fits(tmp_path):
     for cell in ("0.12%", "4e-05", "0.03%", "0%", "25%", "3.1%"):
         assert f">{cell}</text>" in shown
     assert shown.count('figure class="fit"') == 1
+    assert "as a share of their variance" in shown
 
 
 @pytest.mark.browser

@@ -89,6 +89,21 @@ def test_a_frozen_model_gives_a_trainable_student():
     assert pela_compress(teacher, inplace=True) is teacher
 
 
+def test_a_teacher_may_be_partly_factorised():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(*(nn.Linear(24, 24) for _ in range(3)))
+    teacher = pela_compress(teacher, include="1")
+    student = pela_compress(teacher, 4.0)
+    assert [layer.rank for layer in student] == [3, 6, 3]
+    loss = PELALoss(student, teacher, alpha=0.0, eps=0.0)
+    with torch.no_grad():
+        student[1].first.mul_(1.5)
+    errors = [(s.merged_weight() - t.weight).abs().max() for s, t in zip(student, teacher, strict=True)]
+    assert float(loss.perturbation()) == pytest.approx(
+        float(torch.stack(errors).square().mean()), rel=1e-4
+    )
+
+
 def test_saved_and_rebuilt_without_svd(tmp_path):
     teacher, student = pair(torch.float32)
     for parameter in student.parameters():

@@ -1,6 +1,7 @@
 """The search for the smallest plan that holds a floor, recovery, and what is said on failure."""
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +14,14 @@ from fullrank.compress import (
     Distillation,
     FloorError,
     FractionOfBreakEven,
+    ParamRatio,
     PlanFamily,
     SearchRecord,
     factorize,
     make_plan,
     shrink,
 )
+from fullrank.compress.planning_share import family_for
 from fullrank.core.errors import InputError, StoreError
 
 
@@ -192,6 +195,7 @@ def test_time_is_kept(setup):
         ({"candidates": []}, "candidates"),
         ({"candidates": [1.4]}, "candidates"),
         ({"candidates": [0.01]}, "cannot be made smaller"),
+        ({"candidates": [0.5, 0.01], "metric": None}, r"cannot be made smaller than 1\d\.\d%"),
         ({"start": 0.1}, "lowest"),
         ({"include": "encoder.*"}, "named like"),
         ({"clusters": ["a"]}, "1 clusters for 200"),
@@ -227,6 +231,28 @@ def test_methods_that_need_no_data_are_searched(setup, method):
     assert metric(found.model).mean() == pytest.approx(found.curve[0].value)
     with pytest.raises(InputError, match="recover=False"):
         shrink(model, metric, 0.5, method=method, progress=False)
+
+
+@pytest.mark.parametrize("method", ["greenformers", "pela", "pca"])
+@pytest.mark.parametrize("sizes", [(64, 48, 48, 4), (17, 5, 31, 1), (16, 16, 16, 16)])
+def test_what_stays_dense_counts(method, sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(n, m) for n, m in pairwise(sizes)))
+    x = torch.randn(200, sizes[0])
+    stats = CalibrationStats(dict(model.named_children())).observe(model, [x], progress=False)
+    family = family_for(model, method, stats)
+    for keep in (family.smallest, *np.linspace(0.05, 1, 20)):
+        if keep < family.smallest:
+            with pytest.raises(InputError, match=f"keeps at least {family.smallest:.1%}"):
+                family.plan(keep)
+        else:
+            assert family.plan(keep).savings().kept <= keep
+    # Where the same share for every layer does it, that is the plan.
+    rule = FractionOfBreakEven(0.8) if method == "greenformers" else ParamRatio(1 / 0.8)
+    simple = make_plan(model, rule)
+    if method != "pela" and simple.savings().kept <= 0.8:
+        wanted = [entry.rank for entry in simple.values()]
+        assert [entry.rank for entry in family.plan(0.8).values()] == wanted
 
 
 def test_pela_recovers_by_its_own_loss_and_leaves_the_teacher_alone():

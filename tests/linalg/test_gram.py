@@ -117,6 +117,16 @@ def test_sampled_spectra_of_low_rank_and_zero_matrices():
     assert sampled_spectrum(torch.zeros(9, 7), generator=0).values.tolist() == [0] * 7
 
 
+@pytest.mark.parametrize("shape", [(11, 30), (5, 9), (60, 60)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sampled_spectra_of_rank_one_hold_no_rounding(shape, dtype):
+    first = (shape[0] * shape[1]) ** 0.5
+    estimate = sampled_spectrum(torch.ones(shape, dtype=dtype), generator=0)
+    for values in (estimate.values, *estimate.replicates, estimate.coarse):
+        assert float(values[0]) == pytest.approx(first, rel=1e-5)
+        assert values[1:].abs().max() < 1e-5 * first
+
+
 def test_sampled_spectra_of_tiny_matrices_and_repeats():
     A = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(

@@ -321,6 +321,8 @@ def _sum(tensor: Tensor, update: Tensor) -> Tensor:
 
 def _set_bias(layer: Any, bias: Tensor | None) -> None:
     if bias is None or layer.bias is None:
+        # For files: an architecture without this bias would not load it.
+        layer.bias_added = bias is not None
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     else:
         layer.bias.data = bias

@@ -115,7 +115,7 @@ def allocate(curves: Mapping[str, LossCurve], keep: float) -> dict[str, int | No
     dense = sum(curve.steps[-1].size for curve in curves.values())
     least = sum(curve.steps[0].size for curve in curves.values())
     budget = keep * dense
-    if least > budget:
+    if least / dense > keep:
         raise InputError(
             f"these layers cannot be made smaller than {least / dense:.1%} of their parameters; "
             f"{keep:.1%} was asked"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ class Batches:
     model
         Says which device the batches go to; a SentenceTransformer also tokenises texts.
     data
-        Texts, or an iterable of batches: tensors, tuples of tensors, or mappings such as a
-        tokenizer gives (whose ``attention_mask`` is then respected).
+        An iterable of texts (a list, a column of a table, ...), or of batches: tensors, tuples of
+        tensors, or mappings such as a tokenizer gives (whose ``attention_mask`` is then
+        respected).
     batch_size
         Texts a batch.
     max_length
@@ -41,6 +43,9 @@ class Batches:
     [(4, 3), (4, 3)]
     """
 
+    # How texts are tokenised: the batch size, the length they are cut to, the tokenizer.
+    _how: tuple[int, int | None, Callable[..., Any] | None]
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,19 +57,21 @@ class Batches:
     ) -> None:
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise InputError(f"batch_size={batch_size}, max_length={max_length}: both at least 1")
+        how = (batch_size, max_length, tokenizer)
         if isinstance(data, Batches):
+            how = data._how
             data = data._data
         if isinstance(data, (str, Tensor, Mapping)):
             raise InputError(
                 f"the data is a single {type(data).__name__}; give a list of texts or of batches"
             )
+        self._model, self._how = model, how
         self._data: Iterable[Any] = data
         if isinstance(data, Sequence):
             if len(data) == 0:
                 raise InputError("the calibration data is empty; give at least a few dozen samples")
             if isinstance(data[0], str):
-                self._data = _tokenised(model, data, batch_size, max_length, tokenizer)
-        self._device = device_of(model)
+                self._data = _tokenised(model, data, *how)
 
     @property
     def total(self) -> int | None:
@@ -72,7 +79,15 @@ class Batches:
         return len(self._data) if isinstance(self._data, Sequence) else None
 
     def __iter__(self) -> Iterator[Batch]:
-        return (moved(batch, self._device) for batch in self._data)
+        items = iter(self._data)
+        # Of what is no sequence (a generator, a column of a table) only the first item tells.
+        first = next(items, None)
+        if isinstance(first, str):
+            self._data = _tokenised(self._model, [first, *items], *self._how)
+            first, items = None, iter(self._data)
+        found = items if first is None else itertools.chain([first], items)
+        device = device_of(self._model)
+        return (moved(batch, device) for batch in found)
 
 
 def _tokenised(
@@ -113,10 +128,15 @@ def tokenise(
     return batch
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
+def attention_mask(batch: Batch, prefix: Literal["", "decoder_"] = "") -> Tensor | None:
     """Return the ``(batch, length)`` attention mask of a batch that has one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get(f"{prefix}attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def both_masks(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask of what an encoder (or a model in one part) reads, and a decoder's."""
+    return attention_mask(batch), attention_mask(batch, "decoder_")
 
 
 def unambiguous_first(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -126,12 +146,12 @@ def unambiguous_first(batches: Iterable[Batch]) -> Iterator[Batch]:
     """
     held: list[Batch] | None = []
     for batch in batches:
-        mask = attention_mask(batch)
-        if held is not None and mask is not None and _is_square(mask):
+        masks = [mask for mask in both_masks(batch) if mask is not None]
+        if held is not None and any(_is_square(mask) for mask in masks):
             held.append(batch)
             continue
         yield batch
-        if held is not None and mask is not None:
+        if held is not None and masks:
             yield from held
             held = None
     yield from held or ()
@@ -185,20 +205,24 @@ class Output(NamedTuple):
     logits: bool = False
 
 
-def output_of(result: Any, mask: Tensor | None = None) -> Output:
+def output_of(
+    result: Any, mask: Tensor | None = None, decoder_mask: Tensor | None = None
+) -> Output:
     """Find in what a model returned the part it is used for.
 
-    Unit sentence embeddings, logits, or the mean of the last hidden state over real tokens; for
-    a plain module its output tensor.
+    Unit sentence embeddings, logits, or the mean of the last hidden state over real tokens (of the
+    decoder, behind an encoder); for a plain module its output tensor.
     """
     if isinstance(result, Tensor):
         return Output(result)
     if isinstance(result, tuple):
-        return output_of(result[0], mask)
+        return output_of(result[0], mask, decoder_mask)
 
     def get(key: str) -> Any:
         return result.get(key) if isinstance(result, Mapping) else getattr(result, key, None)
 
+    if get("encoder_last_hidden_state") is not None:
+        mask = decoder_mask
     if (embedding := get("sentence_embedding")) is not None:
         return Output(functional.normalize(embedding, dim=-1))
     if (logits := get("logits")) is not None:

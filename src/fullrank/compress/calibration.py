@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fullrank.compress.batches import (
     Batches,
     TokenLayout,
-    attention_mask,
+    both_masks,
     output_of,
     probe,
     unambiguous_first,
 )
 from fullrank.compress.matrices import matricise
 from fullrank.compress.matrices_conv import CONVOLUTIONS
-from fullrank.core.batches import call
+from fullrank.core.batches import call, in_decoder
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError, StoreError
 from fullrank.core.files import atomic_write
@@ -112,7 +112,8 @@ class CalibrationStats(Mapping[str, LayerStats]):
     Statistics are summed in float64 and do not depend on how the data was cut into batches.
     Padding never counts where a batch has an attention mask, whether a layer sees tokens as
     ``(batch, length)``, ``(length, batch)`` or one after another. (Where the two are equal in all
-    batches, ``(batch, length)`` is assumed.)
+    batches, ``(batch, length)`` is assumed.) In a decoder behind an encoder that is the
+    ``decoder_attention_mask``; without one all its tokens count.
 
     Parameters
     ----------
@@ -190,6 +191,12 @@ class CalibrationStats(Mapping[str, LayerStats]):
         InputError
             When these statistics are from a file, which knows of no modules.
         """
+        with self._watch(lambda _: mask()):
+            yield
+
+    @contextmanager
+    def _watch(self, mask: Callable[[str], Tensor | None]) -> Iterator[None]:
+        """As :meth:`watch`, with a mask for each layer by its name."""
         if unknown := [name for name in self if name not in self._modules]:
             raise InputError(
                 f"these statistics are from a file, and not tied to a model's layers ({unknown[0]},"
@@ -199,7 +206,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
         def add(name: str, value: Tensor) -> None:
             stats = self._stats[name]
             x = self._narrow(name, value) if stats.side == "output" else value
-            x, real = self._layout.by_token(name, x, mask())
+            x, real = self._layout.by_token(name, x, mask(name))
             try:
                 stats.moments.update(x, real)
                 if stats.reaction is not None:
@@ -242,16 +249,21 @@ class CalibrationStats(Mapping[str, LayerStats]):
         batches = data if isinstance(data, Batches) else Batches(model, data)
         generator = torch.Generator().manual_seed(seed)
         seen = 0
-        current: list[Tensor | None] = [None]
+        decoder = {name for name in self if in_decoder(model, name)}
+        current: tuple[Tensor | None, Tensor | None] = (None, None)
+
+        def mask_of(name: str) -> Tensor | None:
+            return current[name in decoder]
+
         with (
             evaluating(model),
-            self.watch(lambda: current[0]),
+            self._watch(mask_of),
             progress_bar("calibrate", batches.total, progress, "batches") as advance,
         ):
             for batch in unambiguous_first(batches):
-                current[0] = attention_mask(batch)
+                current = both_masks(batch)
                 if self._gradients:
-                    self._with_gradients(model, batch, current[0], generator)
+                    self._with_gradients(model, batch, mask_of, generator)
                 else:
                     with torch.no_grad():
                         call(model, batch)
@@ -262,7 +274,11 @@ class CalibrationStats(Mapping[str, LayerStats]):
         return self
 
     def _with_gradients(
-        self, model: nn.Module, batch: Any, mask: Tensor | None, generator: torch.Generator
+        self,
+        model: nn.Module,
+        batch: Any,
+        mask_of: Callable[[str], Tensor | None],
+        generator: torch.Generator,
     ) -> None:
         taps: list[tuple[str, Tensor]] = []
 
@@ -280,7 +296,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
         handles = [m.register_forward_hook(tap(name)) for name, m in self._modules.items()]
         try:
             with torch.enable_grad():
-                loss = probe(output_of(call(model, batch), mask), generator)
+                loss = probe(output_of(call(model, batch), *both_masks(batch)), generator)
                 # Asking for these gradients only spares the weights' own.
                 gradients = torch.autograd.grad(loss, [y for _, y in taps], allow_unused=True)
         finally:
@@ -293,7 +309,7 @@ class CalibrationStats(Mapping[str, LayerStats]):
             gradient = _channels_last(self._modules[name], gradient)
             if stats.side == "input":
                 gradient = gradient @ matricise(self._modules[name]).matrix
-            gradient, real = self._layout.by_token(name, gradient, mask)
+            gradient, real = self._layout.by_token(name, gradient, mask_of(name))
             stats.reaction.gradient.update(gradient, real)
             total, _ = _over_sequences(gradient, real)
             stats.reaction.sequence_gradient.update(total)
@@ -377,9 +393,13 @@ def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
 
 
 def _over_sequences(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over each sequence's real tokens, ``(batch, d)``, and their number ``(batch, 1)``."""
+    """Sum over each sequence's real tokens, ``(batch, d)``, and their number, ``(batch, 1)``."""
+    # A sum over a sequence is out of float16's range long before its terms are. Apple's GPUs have
+    # no float64.
+    wide = torch.float32 if value.device.type == "mps" else torch.float64
     if mask is not None:
-        weights = mask.to(device=value.device, dtype=value.dtype)
-        return (weights[:, None] @ value)[:, 0], weights.sum(1, keepdim=True).clamp_min(1)
+        real = mask.to(device=value.device, dtype=torch.bool)
+        total = value.masked_fill(~real[..., None], 0).sum(1, dtype=wide)
+        return total, real.sum(1, keepdim=True).clamp_min(1)
     rows = value.reshape(value.shape[0], -1, value.shape[-1])
-    return rows.sum(1), torch.full_like(rows[:, 0, :1], rows.shape[1])
+    return rows.sum(1, dtype=wide), torch.tensor(rows.shape[1], device=value.device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.compress.batches import Batches, Output, attention_mask, output_of
+from fullrank.compress.batches import Batches, Output, both_masks, output_of
 from fullrank.compress.distill_checkpoint import RecoveryCheckpoint
 from fullrank.core.batches import call, tensors_in
 from fullrank.core.errors import InputError
@@ -200,16 +200,16 @@ class Distillation:
 
     def _loss(self, student: nn.Module, index: int) -> Tensor:
         batch = self._batches[index]
-        mask = attention_mask(batch)
+        masks = both_masks(batch)
         target = self._targets.get(index)
         if target is None:
             with torch.no_grad(), self._precision(self.teacher):
-                target = output_of(call(self.teacher, batch), mask)
+                target = output_of(call(self.teacher, batch), *masks)
             # Worth keeping only where it is small: one row a text, not one a token.
             if not target.logits:
                 self._targets[index] = target
         with self._precision(student):
-            output = output_of(call(student, batch), mask)
+            output = output_of(call(student, batch), *masks)
         if output.logits:
             return nn.functional.kl_div(
                 output.value.float().log_softmax(-1),

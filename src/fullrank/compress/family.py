@@ -18,6 +18,7 @@ from fullrank.compress.data_checks import (
     warn_of_few,
 )
 from fullrank.compress.factorization import mark, replace_modules
+from fullrank.compress.family_uniform import UniformShare
 from fullrank.compress.layers_build import factorised_layer
 from fullrank.compress.matrices import matricise
 from fullrank.compress.measured_speed import faster_only
@@ -99,7 +100,8 @@ class PlanFamily:
     allocation
         ``"sensitivity"``: ranks of least predicted loss (losses of ``"gauss_newton"`` are of the
         model's output and comparable between layers; those of other methods are counted
-        relative to each layer's total). ``"uniform"``: every layer keeps the same share.
+        relative to each layer's total). ``"uniform"``: every layer keeps the same share; where
+        that leaves some dense, the others keep less.
     grid
         Ranks are multiples of this.
     include, exclude
@@ -161,6 +163,7 @@ class PlanFamily:
             warn_of_few(few_samples({name: stats[name] for name in self._solved}))
         self._fingerprint = model_fingerprint(model)
         self._curves = curves_from(self.spectra, grid, relative=method != "gauss_newton")
+        self._uniform = UniformShare(self._same_share, lambda m, n: m * n / (m + n), method)
 
     @property
     def spectra(self) -> Mapping[str, LayerSpectrum]:
@@ -174,7 +177,7 @@ class PlanFamily:
     def smallest(self) -> float:
         """Share of the layers' parameters that the smallest plan keeps."""
         if self.allocation == "uniform":
-            return 0.0
+            return self._uniform.smallest
         dense = sum(curve.steps[-1].size for curve in self._curves.values())
         return sum(curve.steps[0].size for curve in self._curves.values()) / dense
 
@@ -182,12 +185,19 @@ class PlanFamily:
         """Return the plan that keeps this share of the layers' parameters, in (0, 1]."""
         check_keep(keep)
         if self.allocation == "uniform":
-            rule = ParamRatio(1 / keep)
-            ranks = {n: rule(s.values, *s.shape) for n, s in self.spectra.items()}
+            plan = self._uniform.at_most(keep)
         else:
-            ranks = allocate(self._curves, keep)
-        reason = f"{self.allocation} at {keep:.1%}"
-        plan = RankPlan(
+            plan = self._planned(allocate(self._curves, keep), keep)
+        return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
+
+    def _same_share(self, share: float) -> RankPlan:
+        rule = ParamRatio(1 / share)
+        ranks = {n: rule(np.empty(0), *_shape(s)) for n, s in self._solved.items()}
+        return self._planned(ranks, share)
+
+    def _planned(self, ranks: Mapping[str, int | None], share: float) -> RankPlan:
+        reason = f"{self.allocation} at {share:.1%}"
+        return RankPlan(
             {
                 n: entry_for(_shape(s), ranks[n], self.method, reason, self._schemes[n])
                 for n, s in self._solved.items()
@@ -195,7 +205,6 @@ class PlanFamily:
             source="weight" if self.method == "svd" else "activation",
             fingerprint=self._fingerprint,
         )
-        return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """Return a copy of the model, shrunk by a plan of this family."""

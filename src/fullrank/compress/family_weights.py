@@ -9,6 +9,7 @@ from torch import nn
 
 from fullrank.compress.factorization import factorize
 from fullrank.compress.family import check_keep, kept_at_most
+from fullrank.compress.family_uniform import UniformShare
 from fullrank.compress.measured_speed import faster_only
 from fullrank.compress.pela import OMITTED, pela_plan
 from fullrank.compress.planning import layer_spectra, make_plan
@@ -34,7 +35,8 @@ class WeightFamily:
         ``"greenformers"``: the same share of each layer's break-even rank. ``"welore"``: the
         smallest threshold at which no more than the share is left; layers that lose few
         directions stay dense. ``"pela"``: the same share of each layer's parameters, which PELA
-        then trains.
+        then trains. Where layers stay dense, so that the first and the last keep more than was
+        asked, the others get less.
     include, exclude
         Name patterns; see :func:`~fullrank.compress.make_plan`.
     faster_on
@@ -62,31 +64,41 @@ class WeightFamily:
         self._spectra = (
             {} if method == "pela" else layer_spectra(model, include=include, exclude=exclude)
         )
+        self._uniform = (
+            UniformShare(self._pela, lambda m, n: m * n / (m + n), method)
+            if method == "pela"
+            else UniformShare(self._greenformers, lambda m, n: m * n // (m + n), method)
+        )
 
     @property
     def smallest(self) -> float:
         """Share of the layers' parameters that the smallest plan keeps."""
-        return self._welore(1.0).savings().kept if self.method == "welore" else 0.0
+        if self.method == "welore":
+            return self._welore(1.0).savings().kept
+        return self._uniform.smallest
 
     def plan(self, keep: float) -> RankPlan:
         """Return the plan that keeps at most this share of the layers' parameters, in (0, 1]."""
         check_keep(keep)
-        if self.method == "pela":
-            # What the official code omits, unless something else is to be.
-            exclude = self._exclude or OMITTED
-            plan = pela_plan(self.model, 1 / keep, exclude, include=self._include)
-        elif self.method == "welore":
+        if self.method == "welore":
             # What is kept never grows with the threshold.
             plan = kept_at_most(keep, lambda x: self._welore(1 - x), "welore")[1]
         else:
-            rule = FractionOfBreakEven(keep)
-            spectra = self._spectra
-            plan = make_plan(self.model, rule, self._include, self._exclude, spectra=spectra)
+            plan = self._uniform.at_most(keep)
         return plan if self._faster_on is None else faster_only(self.model, plan, self._faster_on)
 
     def build(self, plan: RankPlan) -> nn.Module:
         """Return a copy of the model, shrunk by a plan of this family."""
         return factorize(copy.deepcopy(self.model), plan, balance="sqrt", progress=False)
+
+    def _pela(self, fraction: float) -> RankPlan:
+        # What the official code omits, unless something else is to be.
+        exclude = self._exclude or OMITTED
+        return pela_plan(self.model, 1 / fraction, exclude, include=self._include)
+
+    def _greenformers(self, fraction: float) -> RankPlan:
+        rule, spectra = FractionOfBreakEven(fraction), self._spectra
+        return make_plan(self.model, rule, self._include, self._exclude, spectra=spectra)
 
     def _welore(self, theta: float) -> RankPlan:
         return welore_plan(self.model, WeLoreConfig(theta=theta), self._spectra)

@@ -164,6 +164,11 @@ def shrink(
     family = _family(
         model, method, allocation, include, exclude, faster_on, stats, source, progress, seed
     )
+    if candidates is not None and min(candidates) < family.smallest:
+        raise InputError(
+            f"candidates {list(candidates)}: these layers cannot be made smaller than "
+            f"{family.smallest:.1%} of their parameters by this method"
+        )
     before = time.monotonic()
     reference = None if record is None else record.reference
     if reference is None:

@@ -3,12 +3,15 @@
 transformers lets a checkpoint say how its layers differ from the architecture's by a
 ``quantization_config`` in its ``config.json``. Ours, ``quant_method: "fullrank"``, lists which
 layers are factorised and at which rank; when such a folder is loaded, those layers are built as
-factors before the weights are read.
+factors before the weights are read. The list is made anew whenever the config is written: ranks may
+have changed since, or layers have become dense.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +19,7 @@ from torch import nn
 from fullrank.core.errors import StoreError
 
 QUANT_METHOD = "fullrank"
-FORMAT = 2
+FORMAT = 3
 
 
 def register() -> None:
@@ -48,10 +51,14 @@ class FullrankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ----------
     layers
         Module name -> ``{"shape": [out, in], "rank": r, "bias": bool, "method": ..., "error":
-        ...}``; of a convolution also its ``"scheme"``, and the shape is that of its kernel.
+        ...}``; of a convolution also its ``"scheme"``, and the shape is that of its kernel. The
+        rank is None where the layer is dense, with a bias that the architecture has not.
     format
         Version of this record; by default the oldest that can say this.
     """
+
+    # Whose layers these are, as far as it is still there.
+    _model: weakref.ref[nn.Module] | None = None
 
     def __init__(
         self,
@@ -72,6 +79,35 @@ class FullrankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format = format
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
 
+    def follow(self, model: nn.Module | None) -> FullrankConfig:
+        """Be of this model, as it is whenever this config is written."""
+        self._model = None if model is None else weakref.ref(model)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` says."""
+        from fullrank.compress.layers_record import describe, factorised, record_format
+
+        model = None if self._model is None else self._model()
+        # Of sharded factors (FSDP, DeepSpeed) the shapes do not tell; there ranks stay as they are.
+        if model is not None and all(_is_whole(layer) for _, layer in factorised(model)):
+            self.layers = describe(model)
+            self.format = record_format(self.layers)
+        layers = copy.deepcopy(self.layers)
+        return {"quant_method": self.quant_method, "format": self.format, "layers": layers}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FullrankConfig:
+        """Copy it; with a model that is being copied, to be of that copy."""
+        state = self.to_dict()
+        model = None if self._model is None else self._model()
+        return FullrankConfig(state["layers"], state["format"]).follow(memo.get(id(model)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.to_dict()
+
 
 class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds the factorised layers when a shrunk checkpoint is loaded."""
@@ -91,6 +127,8 @@ class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
         replace_modules(model, _shells(model, self.quantization_config.layers))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        _check_loaded(model)
+        mark_pretrained(model)
         # From here on it is an ordinary model: what transformers forbids on quantised weights
         # (casting, training without adapters) is fine. The config stays, for the next save.
         model.hf_quantizer = None
@@ -103,8 +141,8 @@ class FullrankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Empty factorised layers for what a config lists, by the names this class has for them."""
-    from fullrank.compress.layers_record import shell_for, stands_for
+    """Empty layers for what a config lists, by the names this class has for them."""
+    from fullrank.compress.layers_record import layer_for, stands_for
     from fullrank.core.names import canonical_modules
 
     modules = dict(canonical_modules(model))
@@ -127,8 +165,24 @@ def _shells(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[s
                 f"the shrunk model lists {name} as {shape}, the architecture has "
                 f"{_shape(module)}: config.json does not belong to these weights"
             )
-        shells[found] = shell_for(module, layer)
+        shells[found] = layer_for(module, layer)
     return shells
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Raise where a factor was not in the checkpoint: it would hold whatever the memory held."""
+    from fullrank.compress.layers_record import factorised
+
+    loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    if not loaded:
+        return  # a way of loading that does not tell
+    for name, layer in factorised(model):
+        for part in (layer.first, layer.second):
+            if id(part) not in loaded and not part.is_meta:
+                raise StoreError(
+                    f"config.json lists {name} as factorised, but its factors are not among the "
+                    "weights: it does not belong to them"
+                )
 
 
 def _shape(module: nn.Module) -> str:
@@ -149,9 +203,20 @@ def mark_pretrained(model: nn.Module) -> None:
             seen.add(id(module.config))
             layers = describe(module)
             if layers:
-                module.config.quantization_config = FullrankConfig(layers)
-            elif hasattr(module.config, "quantization_config"):
+                module.config.quantization_config = FullrankConfig(layers).follow(module)
+            elif _is_ours(getattr(module.config, "quantization_config", None)):
                 del module.config.quantization_config
+
+
+def _is_ours(config: Any) -> bool:
+    method = config.get("quant_method") if isinstance(config, Mapping) else config
+    return isinstance(config, FullrankConfig) or method == QUANT_METHOD
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer's factors are there with their shapes, and not as flat shards."""
+    first, second = getattr(layer, "first", None), getattr(layer, "second", None)
+    return first is not None and second is not None and min(first.ndim, second.ndim) > 1
 
 
 register()

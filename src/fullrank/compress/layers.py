@@ -46,6 +46,8 @@ class LowRankLinear(nn.Module):
         How the factors were made, if by one of the solvers.
     error : float or None
         Their relative squared error at that time; see :class:`~fullrank.compress.Factors`.
+    bias_added : bool
+        The dense layer had no bias, so that its architecture would not load this one.
 
     Examples
     --------
@@ -57,6 +59,7 @@ class LowRankLinear(nn.Module):
     bias: Tensor | None
     method: str = ""
     error: float | None = None
+    bias_added: bool = False
 
     def __init__(
         self,
@@ -146,6 +149,7 @@ class LowRankLinear(nn.Module):
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
+            dense.bias_added = self.bias_added
         made: nn.Module = dense.train(self.training)
         return made
 

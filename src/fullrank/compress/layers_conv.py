@@ -67,6 +67,7 @@ class LowRankConv(nn.Module):
     bias: Tensor | None
     method: str = ""
     error: float | None = None
+    bias_added: bool = False
 
     def __init__(
         self,
@@ -283,6 +284,7 @@ class LowRankConv(nn.Module):
         if self.bias is not None:
             dense.bias.copy_(self.bias)
             dense.bias.requires_grad_(self.bias.requires_grad)
+            dense.bias_added = self.bias_added
         made: nn.Module = dense.train(self.training)
         return made
 

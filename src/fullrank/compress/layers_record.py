@@ -1,7 +1,11 @@
-"""The factorised layers of a model: which they are, as files record them, and built from that."""
+"""The layers of a model that its architecture has not: as files record them, and built from that.
+
+These are the factorised ones, and dense ones with a bias that factorising added.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,9 +28,16 @@ def factorised(model: nn.Module) -> Iterator[tuple[str, Factorised]]:
             yield name, module
 
 
+def added_biases(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(canonical name, layer)`` of layers, dense or not, with a bias that was added."""
+    for name, module in canonical_modules(model):
+        if getattr(module, "bias_added", False) and module.bias is not None:
+            yield name, module
+
+
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """List the factorised layers of a model as files record them (JSON values only)."""
-    records = {}
+    """List a model's layers as files record them (JSON values only); dense ones have no rank."""
+    records: dict[str, dict[str, Any]] = {}
     for name, layer in factorised(model):
         records[name] = {
             "shape": list(layer.weight_shape),
@@ -37,23 +48,45 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         if isinstance(layer, LowRankConv):
             records[name]["scheme"] = layer.scheme
+    for name, dense in added_biases(model):
+        if name not in records:
+            records[name] = {"shape": list(dense.get_parameter("weight").shape), "rank": None}
+            records[name]["bias"] = True
     return records
 
 
 def record_format(records: Mapping[str, Mapping[str, Any]]) -> int:
-    """Version of the record that these layers need: convolutions came with the second."""
+    """Version of the record that these layers need.
+
+    Convolutions came with the second, dense layers with the third.
+    """
+    if any(record["rank"] is None for record in records.values()):
+        return 3
     return 2 if any("scheme" in record for record in records.values()) else 1
 
 
 def stands_for(record: Mapping[str, Any], module: nn.Module | None) -> bool:
     """Whether a record is of a layer that could stand in this module's place."""
     shape = getattr(getattr(module, "weight", None), "shape", None)
+    if shape is not None and record["rank"] is None:
+        return bool(list(shape) == record["shape"])
     if shape is None or isinstance(module, CONVOLUTIONS) != ("scheme" in record):
         return False
     if "scheme" in record:
         return bool(list(shape) == record["shape"])
     # A linear layer's shape is recorded as (out, in), however its weight is stored.
     return sorted(shape) == sorted(record["shape"])
+
+
+def layer_for(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """Build a layer from its record, in the place of ``module``; its numbers are still to load."""
+    if record["rank"] is not None:
+        return shell_for(module, record)
+    dense = copy.deepcopy(module)
+    weight = dense.get_parameter("weight")
+    dense.bias = nn.Parameter(weight.new_zeros(record["shape"][0]), weight.requires_grad)
+    dense.__dict__["bias_added"] = True
+    return dense
 
 
 def shell_for(module: nn.Module, record: Mapping[str, Any], *, drawn: bool = True) -> Factorised:
@@ -67,6 +100,8 @@ def shell_for(module: nn.Module, record: Mapping[str, Any], *, drawn: bool = Tru
     else:
         layer = _linear_shell(module, record, drawn)
     layer.method, layer.error = record.get("method", ""), record.get("error")
+    without = getattr(module, "bias", None) is None or getattr(module, "bias_added", False)
+    layer.bias_added = layer.bias is not None and without
     return layer
 
 

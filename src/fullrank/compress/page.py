@@ -163,8 +163,8 @@ def _errors(model: nn.Module) -> str:
     return _map(
         "Relative error of each layer",
         errors,
-        "Squared error of the layer's outputs on the calibration data as a share of their square "
-        "(of its weight, for methods without data), before any recovery.",
+        "Squared error of the layer's outputs on the calibration data as a share of their variance "
+        "(of its weight as a share of its square, for methods without data), before any recovery.",
         show=_small_share,
     )
 

@@ -184,7 +184,7 @@ class PELALoss:
             )
         largest = torch.stack(
             [
-                largest_error(layer.first, layer.second, matricise(original).matrix)
+                largest_error(layer.first, layer.second, _matrix(original))
                 for layer, original in self._pairs
             ]
         )
@@ -242,6 +242,13 @@ def _own_loss(output: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) else None
 
 
+def _matrix(original: nn.Module) -> Tensor:
+    """The teacher's weight ``(out, in)``; a teacher may be partly factorised itself."""
+    if isinstance(original, LowRankLinear):
+        return original.merged_weight()
+    return matricise(original).matrix
+
+
 def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[LowRankLinear, nn.Module]]:
     """Each factorised layer of the student beside the layer it stands for."""
     held = {id(parameter) for parameter in teacher.parameters()}
@@ -258,7 +265,7 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[LowRankLinear, 
             continue
         if name not in originals:
             raise InputError(f"the teacher has no layer {name!r}, which the student factorises")
-        shape = tuple(matricise(originals[name]).matrix.shape)
+        shape = tuple(_matrix(originals[name]).shape)
         if shape != (layer.out_features, layer.in_features):
             raise InputError(
                 f"{name}: the student's factors are for {(layer.out_features, layer.in_features)}"

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from fullrank.compress.factorization import mark, replace_modules
 from fullrank.compress.layers_record import (
+    added_biases,
     describe,
     factorised,
+    layer_for,
     record_format,
-    shell_for,
     stands_for,
 )
+from fullrank.compress.maestro_layers import Ordered
 from fullrank.compress.report import sizes
 from fullrank.compress.targets import unloadable
 from fullrank.core.batches import is_sentence_transformer
@@ -31,7 +33,7 @@ from fullrank.core.models import quiet_transformers
 from fullrank.core.names import canonical_modules
 
 _PLAIN = "fullrank.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -46,7 +48,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     Raises
     ------
     StoreError
-        When ``folder`` exists and is not empty, or what would be in it could not be loaded again.
+        When ``folder`` exists and is not empty, or what would be in it could not be loaded again:
+        a model in training by :class:`~fullrank.compress.Maestro` is exported first.
     """
     target = _new_folder(folder)
     part = target.with_name(f".{target.name}.part")
@@ -111,6 +114,10 @@ def to_dense(model: nn.Module) -> nn.Module:
 def export_dense(model: nn.Module, folder: str | Path) -> str:
     """Write a shrunk model for use without fullrank, its factors multiplied out.
 
+    Methods that look at data (``"gauss_newton"``, ``"lord"``) give every layer a bias. Where an
+    architecture has none there (Llama, T5, ...), its own ``from_pretrained`` would drop it; such a
+    model is refused, and :func:`save` is the way.
+
     Returns
     -------
     str
@@ -119,9 +126,10 @@ def export_dense(model: nn.Module, folder: str | Path) -> str:
     Raises
     ------
     StoreError
-        When ``folder`` exists and is not empty.
+        When ``folder`` exists and is not empty, or the architecture would not load all of it.
     """
     _new_folder(folder)
+    _check_biases(model)
     layers = [layer for _, layer in factorised(model)]
     dense = to_dense(copy.deepcopy(model))
     path = save(dense, folder)
@@ -140,7 +148,29 @@ def _new_folder(folder: str | Path) -> Path:
     return path
 
 
+def _check_biases(model: nn.Module) -> None:
+    """Raise where the model's own loader, without fullrank, would drop biases."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    # The modules around a SentenceTransformer's transformers models say whether they have a bias.
+    kept = unloadable(model)
+    lost = [name for name, layer in added_biases(model) if id(layer.bias) not in kept]
+    if lost:
+        raise StoreError(
+            f"factorising by data gave {len(lost)} layers, e.g. {lost[0]}, a bias that the "
+            "architecture has not, and that it would drop without fullrank: save the model as it "
+            "is (fullrank.compress.save), or factorise by a method without data (svd, "
+            "greenformers, welore, pela), which adds none"
+        )
+
+
 def _write(model: nn.Module, folder: Path) -> None:
+    for name, module in canonical_modules(model):
+        if isinstance(module, Ordered):
+            raise StoreError(
+                f"{name} is in training by Maestro, of which only a part is in use: save what "
+                "Maestro.export() returns"
+            )
     mark(model)
     writer: Any = getattr(model, "save_pretrained", None)
     if writer is None:
@@ -200,7 +230,7 @@ def _load_plain(path: Path, model: nn.Module) -> nn.Module:
         module = modules.get(name)
         if module is None or not stands_for(entry, module):
             raise StoreError(f"{path} holds {name} {entry['shape']}, which the model given has not")
-        new[name] = shell_for(module, entry)
+        new[name] = layer_for(module, entry)
     replace_modules(model, new)
     held = model.state_dict(keep_vars=True)
     stored = {_identity(tensor): tensors[name] for name, tensor in held.items() if name in tensors}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 Batch = Any
 """A tensor, a tuple or list of tensors (positional arguments) or a mapping (keyword arguments)."""
+
+# Keys and values of attention from a decoder to its encoder, as models call them.
+_FROM_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention).*\.(k|v|key|value)(_proj|_lin)?$",
+    re.IGNORECASE,
+)
+# Output layers on top of a decoder.
+_HEADS = ("lm_head", "proj_out")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -95,6 +104,25 @@ def call(model: nn.Module, batch: Batch) -> Any:
         # A SentenceTransformer takes its features as one dictionary, and writes into it.
         return model(dict(batch)) if is_sentence_transformer(model) else model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def in_decoder(model: nn.Module, name: str) -> bool:
+    """Whether a module of this name reads the tokens of a decoder, behind an encoder of others.
+
+    Their mask is then the batch's ``decoder_attention_mask``.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> bart: Any = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
+    >>> [in_decoder(bart, f"model.decoder.layers.0.{name}.k_proj") for name in ("self_attn",
+    ...     "encoder_attn")]
+    [True, False]
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    parts = name.split(".")
+    return ("decoder" in parts or parts[0] in _HEADS) and not _FROM_ENCODER.search(name)
 
 
 def is_sentence_transformer(model: nn.Module) -> bool:

@@ -17,6 +17,8 @@ from fullrank.linalg.checks import Seed, check_matrix, gaussian, range_scale, wo
 _CONVERGED = 0.03
 # Where an eigenvalue, relative to the largest that is sampled, is rounding in float32.
 _FLOOR = 1e-9
+# What the leading values leave of the sum of squares is rounding where so much less of it is seen.
+_UNSEEN = 0.01
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ def sampled_spectrum(
     energy = float(S.square().sum(dtype=torch.float64))
     rest = max(energy - float(leading.square().sum()), 0.0)
     bulk = d - len(leading)
-    if bulk == 0 or rest <= 1e-14 * energy:
-        values = torch.cat([leading, leading.new_zeros(bulk)]) * scale
-        return SampledSpectrum(values, values.expand(probes, -1).clone(), values, len(leading))
+    none = torch.cat([leading, leading.new_zeros(bulk)]) * scale
+    nothing = SampledSpectrum(none, none.expand(probes, -1).clone(), none, len(leading))
+    if bulk == 0 or rest <= torch.finfo(S.dtype).eps * energy:
+        return nothing
     T = _lanczos(S, U, probes, min(steps, bulk), generator)
+    # A probe's first coefficient is on average its share of the sum of squares.
+    if not bulk * float(T[:, 0, 0].mean()) > _UNSEEN * rest:
+        return nothing
 
     def rebuild(T: Tensor) -> Tensor:
         nodes, weights = _quadrature(T)
@@ -160,7 +166,8 @@ def _lanczos(S: Tensor, U: Tensor, probes: int, steps: int, seed: Seed) -> Tenso
         norm = w.norm(dim=0)
         if step + 1 < steps:
             betas.append(norm)
-            basis.append(w / norm.clamp_min(torch.finfo(S.dtype).tiny))
+            # Nothing is left of a vector whose squares are too small for numbers.
+            basis.append(torch.where(norm > torch.finfo(S.dtype).tiny ** 0.5, w / norm, 0.0))
     T = torch.diag_embed(torch.stack(alphas, 1).double())
     if betas:
         off = torch.stack(betas, 1).double()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fullrank.core.batches import call, device_of, moved
+from fullrank.core.batches import call, device_of, in_decoder, moved
 from fullrank.core.capture import capture
 from fullrank.core.errors import InputError
 from fullrank.core.modes import evaluating
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Side = Literal["input", "output"]
-
-# Keys and values of attention from a decoder to its encoder, as models call them.
-_FROM_ENCODER = re.compile(
-    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention).*\.(k|v|key|value)(_proj|_lin)?$",
-    re.IGNORECASE,
-)
 
 
 class ActivationMeter:
@@ -209,10 +202,7 @@ class ActivationMeter:
 
     def _mask_of(self, name: str) -> Tensor | None:
         """Of an encoder and decoder: the mask of the tokens that a module reads."""
-        two = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
-        if not two or "decoder" not in name.split(".") or _FROM_ENCODER.search(name):
-            return self._mask
-        return self._decoder_mask
+        return self._decoder_mask if in_decoder(self._model, name) else self._mask
 
     def _fitted(self, name: str, x: Tensor) -> Tensor | None:
         """Return the mask in the leading shape of vectors; None where all count."""
