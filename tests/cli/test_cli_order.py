@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_models import cross_encoder
 
-from fullrank.core import Run
+from fullrank.core import Corpus, Run
 
 TEXTS = {
     "apple": "Apples are fruit that grow on trees.",
@@ -113,6 +113,22 @@ def test_reranking_looks_at_as_many_as_it_is_told(fullrank, files, tmp_path):
     ids = [f"d{i}" for i in range(130)]
     assert reranked(2)[2:] == ids[2:]
     assert reranked(130)[120:] != ids[120:]
+
+
+def test_a_run_of_many_queries_is_deep_enough_to_be_measured(fullrank, tmp_path):
+    from fullrank.retrieval import Index
+
+    corpus = Corpus([f"d{i}" for i in range(120)], [f"rank {i}" for i in range(120)])
+    Index.create(tmp_path / "i", corpus, None, progress=False)
+    (tmp_path / "queries.tsv").write_text("q\trank\n")
+
+    def found(*arguments):
+        done = fullrank("order", "search", tmp_path / "i", *arguments, "--out", tmp_path / "a.run")
+        assert done.code == 0, done
+        return len(Run.from_trec(tmp_path / "a.run")["q"])
+
+    many = ("--queries", tmp_path / "queries.tsv")
+    assert (found(*many), found(*many, "-k", 7), found("rank")) == (100, 7, 10)
 
 
 def test_filters(fullrank, index):

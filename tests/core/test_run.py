@@ -113,7 +113,9 @@ def test_frames_come_back(data):
     run = Run.from_dict(data)
     frame = run.to_frame()
     assert list(frame.columns) == ["qid", "docno", "score", "rank"]
-    assert Run.from_frame(frame) == run.select(q for q in run if len(run[q]))
+    back = Run.from_frame(frame)
+    assert back.to_dict() == {q: s for q, s in run.to_dict(strict=True).items() if s}
+    assert all(back[q].ids.tolist() == run[q].ids.tolist() for q in back)
     shuffled = frame.sample(frac=1.0, random_state=0)
     renamed = shuffled.rename(columns={"qid": "query_id", "docno": "doc_id"})
     back = Run.from_frame(renamed.drop(columns="rank"))
@@ -291,10 +293,39 @@ def test_a_frame_without_the_columns():
         Run.from_frame(pandas.DataFrame({"qid": ["q"], "text": ["x"]}))
 
 
+def test_a_frame_sorted_by_score_shows_the_order_of_the_run():
+    pytest.importorskip("pandas")
+    run = Run({"q": (["b", "a"], [1.0, 2.0])}, ordered=True)
+    frame = run.to_frame()
+    assert frame.sort_values("score", ascending=False)["docno"].tolist() == ["b", "a"]
+    assert Run.from_frame(frame)["q"].ids.tolist() == ["b", "a"]
+
+
+def test_ids_of_a_frame_are_text_and_all_there():
+    pandas = pytest.importorskip("pandas")
+    columns = {"qid": [1, "1", 2], "docno": ["a", "b", 3], "score": [1.0, 2.0, 1.0]}
+    run = Run.from_frame(pandas.DataFrame(columns))
+    assert run.to_dict() == {"1": {"b": 2.0, "a": 1.0}, "2": {"3": 1.0}}
+    with pytest.raises(InputError, match="'a' is ranked twice"):
+        Run.from_frame(pandas.DataFrame({**columns, "docno": ["a", "a", "b"]}))
+    for column in ("qid", "docno"):
+        for absent in (None, float("nan")):
+            frame = pandas.DataFrame({**columns, column: ["a", absent, "b"]})
+            with pytest.raises(InputError, match=f"'{column}' of the frame lacks 1 of its ids"):
+                Run.from_frame(frame)
+
+
+def test_half_a_surrogate_pair_is_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"surrogate pair.*'q2 Q0 d\\ud800 1 1.0 run'"):
+        Run.from_dict({"q1": {"a": 1.0}, "q2": {"d\ud800": 1.0}}).to_trec(tmp_path / "run.trec")
+    assert not (tmp_path / "run.trec").exists()
+
+
 def test_a_byte_order_mark_is_no_part_of_a_query(tmp_path):
     path = tmp_path / "marked.run"
-    path.write_bytes(b"\xef\xbb\xbfq1 Q0 d1 1 2.0 tag\n")
-    assert list(Run.from_trec(path)) == ["q1"]
+    path.write_bytes(b"\xef\xbb\xbfq1 Q0 d1 1 2.0 tag\n\xef\xbb\xbfq1 Q0 d2 2 1.0 tag\n")
+    # It begins a file; anywhere else it is a character as any other.
+    assert list(Run.from_trec(path)) == ["q1", "\ufeffq1"]
 
 
 @pytest.mark.parametrize("second", ["q Q0 b 2 nan t", "q Q0 a 2 0.5 t"])

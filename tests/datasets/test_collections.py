@@ -40,6 +40,14 @@ class TestBeir:
         assert data.corpus["d1"].title == "One"
         assert data.name == beir_folder.name
 
+    def test_a_query_without_text_matters_only_where_it_is_judged(self, beir_folder):
+        queries = beir_folder / "queries.jsonl"
+        queries.write_text('{"_id": "q1", "text": ""}\n{"_id": "q2", "text": "second"}\n')
+        assert beir(beir_folder).queries == {"q2": "second"}
+        queries.write_text('{"_id": "q2", "text": ""}\n')
+        with pytest.raises(InputError, match="query 'q2' has no text"):
+            beir(beir_folder)
+
     def test_compressed(self, beir_folder):
         for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
             path = beir_folder / name
@@ -100,6 +108,9 @@ class TestQueries:
             "1\tflow\n\n2\theat\n",
             "flow\nheat\n",
             "<top><num>1</num><title>flow</title></top><top><num>2<title>heat\n</top>",
+            '{"query_id": 1, "text": "flow"}\n{"qid": "2", "query": "heat", "doc_id": 3}\n',
+            "\nID\ttext\n1\tflow\n\n2\theat\n",
+            "kind\tqid\tquery\nx\t1\tflow\nx\t2\theat\n",
         ],
     )
     def test_forms(self, tmp_path, text):
@@ -114,7 +125,9 @@ class TestQueries:
             ("1\tflow\n2\t \n", "line 2: query '2' has no text"),
             ("1\tflow\nheat\n", "line 2: expected an id, a tab"),
             ("a b\tflow\n", "line 1: query id 'a b'"),
-            ('{"text": "flow"}\n', "line 1: none of the keys"),
+            ('{"text": "flow"}\n', r"line 1: none of the keys .* is the id of a query \([^=]*\)$"),
+            ("id\ttext\n1\tflow\tmore\n", r"line 2: 3 tab-separated columns, expected 2"),
+            ("id\ttext\n", "holds no queries"),
             ('{"id": "1"}\n', "line 1: query '1' has no text"),
             ("", "holds no queries"),
         ],

@@ -19,6 +19,23 @@ def test_files_and_folders(tmp_path):
     assert read_corpus(tmp_path).ids == ("d.md",)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "ids"),
+    [
+        ("a.md", "{% include %}\nwords", ("a.md",)),
+        ("a.rst", "<doc>: a tag\n", ("a.rst",)),
+        ("a.txt", "{x} is a set", ("a.txt",)),
+        ("a.txt", "{\n}", ("a.txt",)),
+        ("a.txt", "<document-title>\nwords", ("a.txt",)),
+        ("a.txt", '{"id": "d", "text": "x"}\n', ("d",)),
+        ("a.txt", '\n <Doc id="1">\n<DOCNO>d</DOCNO>x</DOC>', ("d",)),
+    ],
+)
+def test_a_text_may_begin_like_another_form(tmp_path, name, text, ids):
+    (tmp_path / name).write_text(text)
+    assert read_corpus(tmp_path / name).ids == ids
+
+
 def test_beir_folder(tmp_path):
     (tmp_path / "qrels").mkdir()
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "text": "x"}')

@@ -131,6 +131,17 @@ def test_grades_that_are_no_integers_are_refused(grade):
         evaluate({"q": {"a": 1.0}}, {"q": {"a": grade}}, ["AP"])
 
 
+def test_queries_whose_grades_are_all_negative_have_nothing_relevant():
+    metrics = ["nDCG", "nDCG@10", "AP", "AP(rel=2)", "RR", "R@5", "P@5", "Rprec", "Success@3"]
+    metrics += ["SetP", "SetF", "Bpref", "infAP", "IPrec@0.5", "Compat", "ERR@5", "Judged@2"]
+    evaluator = Evaluator({"q1": {"a": 0, "b": 1}, "q2": {"c": -2, "d": -7}}, metrics)
+    found = evaluator({"q1": {"a": 1.0}, "q2": {"c": 1.0, "x": 2.0}}).per_query
+    assert {name: values["q2"] for name, values in found.items()} == {
+        **dict.fromkeys(metrics, 0.0),
+        "Judged@2": 0.5,
+    }
+
+
 def test_bad_input_says_what_is_wrong():
     with pytest.raises(InputError, match="judgements are empty"):
         evaluate({"q": {"a": 1.0}}, {})
@@ -144,6 +155,8 @@ def test_bad_input_says_what_is_wrong():
         evaluate({"q": {"a": float("nan")}}, {"q": {"a": 1}})
     with pytest.raises(InputError, match="cannot compute"):
         evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}}, ["INST(max_rel=1)"])
+    with pytest.raises(InputError, match=r"cannot compute.*positive"):
+        evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}}, ["AP(rel=0)"])
     with pytest.raises(InputError, match="was not measured"):
         evaluate({"q": {"a": 1.0}}, {"q": {"a": 1}}, ["AP"]).values("RR")
 

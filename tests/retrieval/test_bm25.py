@@ -135,6 +135,7 @@ def test_rescoring_what_is_not_there(corpus):
     [
         {"method": "bm42"}, {"k1": -1}, {"b": 2}, {"stopwords": "klingon"}, {"stemmer": "klingon"},
         {"depth": 0}, {"k1": float("nan")},
+        {"k1": 0, "method": "bm25+"}, {"k1": 0.0, "method": "bm25l"},
     ],
 )  # fmt: skip
 def test_bad_settings(corpus, settings):

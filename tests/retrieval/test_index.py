@@ -221,6 +221,9 @@ def test_filters_that_pass_nothing_or_do_not_fit(whole):
         ({"year": "soon"}, "cannot be compared"),
         ({"year": {"~": 1}}, "operators are"),
         ("lang", "no comparison"),
+        ("", "no comparison"),
+        (0, "is a int"),
+        ({5: 1}, "no such metadata field"),
         ({"lang": 3}, "cannot be compared"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from fullrank.core import Corpus, Document, InputError
+from fullrank.retrieval import index_snippet
 from fullrank.retrieval.index_filters import Condition, matching, parse_where
 from fullrank.retrieval.index_reading import ReadHold, remove_unless_read
 from fullrank.retrieval.index_snippet import best_snippet
@@ -61,6 +62,11 @@ COLUMNS = {
         ("year>=2e3", [1, 3]),
         ("year=2005.0", [1]),
         (["tags=b", "year<2000"], [0]),
+        ({"year": [2005, 2010.0, 1999.5]}, [1, 3]),
+        ({"year": {"<": 2005.5}}, [0, 1]),
+        ("year<99999999999999999999", [0, 1, 3]),
+        ("year<=-99999999999999999999", []),
+        ({"year": [10**30, 2005]}, [1]),
     ],
 )
 def test_filters(where, expected):
@@ -70,7 +76,7 @@ def test_filters(where, expected):
 
 
 @pytest.mark.parametrize(
-    "where", ["", "year", "year=", "=3", " =3", "year~3", {"year": {"like": 3}}, [3]]
+    "where", ["", "year", "year=", "=3", " =3", "year~3", {"year": {"like": 3}}, [3], 5, None]
 )
 def test_filters_that_cannot_be_read(where):
     with pytest.raises(InputError, match="filter"):
@@ -86,6 +92,8 @@ def test_filters_that_cannot_be_read(where):
         {"year": None},
         {"tags": 1},
         {"lang": {"in": "en"}},
+        {"year": 10**400},
+        {"year": [True]},
     ],
 )
 def test_filters_of_another_type(where):
@@ -146,6 +154,27 @@ def test_a_rare_word_is_found_behind_thousands_of_others():
     assert found == "A rare eigenvalue, at last."
     query = "matrix " + " ".join(f"word{i}" for i in range(100_000))
     assert best_snippet(query, Document("d", text)).highlights
+
+
+def test_a_huge_word_is_not_read_again_for_every_place_in_it(monkeypatch):
+    class Counted:
+        """A pattern that counts the characters it reads."""
+
+        def __init__(self, pattern):
+            self.pattern, self.read = pattern, 0
+
+        def match(self, text, at):
+            found = self.pattern.match(text, at)
+            self.read += len(found[0]) if found else 0
+            return found
+
+    patterns = [Counted(getattr(index_snippet, name)) for name in ("_LETTER", "_WORD", "_INSIDE")]
+    text = "".join(random.Random(0).choices("0123456789abcdef", k=200_000)) + " an end"
+    for name, pattern in zip(("_LETTER", "_WORD", "_INSIDE"), patterns, strict=True):
+        monkeypatch.setattr(index_snippet, name, pattern)
+    found = index_snippet._hits(text, 0, len(text), frozenset({"a", "end"}))
+    assert found == [(200_004, 200_007, "end")]
+    assert sum(pattern.read for pattern in patterns) < 2 * len(text)
 
 
 # -- vectors ---------------------------------------------------------------------------------

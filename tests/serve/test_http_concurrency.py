@@ -95,6 +95,16 @@ def test_the_bound_is_free_again_after_refusals_and_failures(index):
     assert asyncio.run(main()) == [500, 200] * 3
 
 
+def test_an_application_is_started_again_in_another_event_loop(index):
+    app = create_app(index, concurrency=1)
+
+    async def main():
+        async with app.router.lifespan_context(app):
+            return [answer.status_code for answer in await ask(app, 3)]
+
+    assert asyncio.run(main()) == asyncio.run(main()) == [200] * 3
+
+
 def test_gate_counts_right_when_those_who_wait_leave():
     async def main():
         gate = Gate(Limits(concurrency=1, queue=1, patience=5))

@@ -120,7 +120,10 @@ def search(
     query: Annotated[
         str | None, typer.Argument(help="What to look for; or --queries for many.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Results a query.", min=1)] = 10,
+    k: Annotated[
+        int | None,
+        typer.Option("-k", help="Results a query; 10 by default, 100 with --queries.", min=1),
+    ] = None,
     system: Annotated[
         str | None, typer.Option(help="Which system; the index names them if this one is unknown.")
     ] = None,
@@ -148,6 +151,9 @@ def search(
         raise InputError("--queries needs --out, the run file to write")
     opened = Index.open(index)
     asked = read_queries(queries) if queries is not None else query or ""
+    if k is None:
+        # A screen shows few; what is measured (R@100) or reranked (--depth) goes further down.
+        k = 10 if queries is None else 100
     run = opened.search(asked, k=k, system=system, where=where or None)
     console = Console()
     if out is not None:

@@ -164,7 +164,14 @@ class Run(Mapping[str, Ranking]):
     def from_frame(cls, frame: Any, *, name: str = "run") -> Run:
         """Build a run from a data frame with columns ``qid``, ``docno`` and ``score``.
 
-        These are PyTerrier's names; ``query_id`` and ``doc_id`` (ir-measures) work too.
+        These are PyTerrier's names; ``query_id`` and ``doc_id`` (ir-measures) work too. Ids are
+        read as text, so that the rows of query 1 and of query "1" are of one query.
+
+        Raises
+        ------
+        InputError
+            On a frame without these columns or with a row that lacks an id, and as for
+            :class:`Run`.
         """
         renamed = frame.rename(columns={"query_id": "qid", "doc_id": "docno"})
         missing = {"qid", "docno", "score"} - set(renamed.columns)
@@ -172,10 +179,13 @@ class Run(Mapping[str, Ranking]):
             raise InputError(
                 f"the frame lacks {sorted(missing)}; it has {sorted(map(str, frame.columns))}"
             )
+        for column in ("qid", "docno"):
+            if absent := int(renamed[column].isna().sum()):
+                raise InputError(f"the column {column!r} of the frame lacks {absent} of its ids")
         return cls(
             {
-                str(q): (rows["docno"].astype(str).tolist(), rows["score"].to_numpy(np.float64))
-                for q, rows in renamed.groupby("qid", sort=False)
+                q: (rows["docno"].astype(str).tolist(), rows["score"].to_numpy(np.float64))
+                for q, rows in renamed.groupby(renamed["qid"].astype(str), sort=False)
             },
             name=name,
         )
@@ -197,7 +207,8 @@ class Run(Mapping[str, Ranking]):
                 if not line.strip():
                     continue
                 try:  # bytes that are not UTF-8 raise a ValueError too
-                    query, _, item, _, score, tag = line.decode("utf-8-sig").split()
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    query, _, item, _, score, tag = text.split()
                     value = float(score)
                 except ValueError:
                     raise InputError(
@@ -277,12 +288,15 @@ class Run(Mapping[str, Ranking]):
         }
 
     def to_frame(self) -> Any:
-        """Return a pandas frame in PyTerrier's columns: qid, docno, score, rank (from 0)."""
+        """Return a pandas frame in PyTerrier's columns: qid, docno, score, rank (from 0).
+
+        Scores fall strictly in each query, so that who sorts by them finds the run's order.
+        """
         pandas = require("pandas", extra="search")
         rows = [
             (query, item, score, rank)
-            for query, ranking in self._rankings.items()
-            for rank, (item, score) in enumerate(ranking)
+            for query, scores in self.to_dict(strict=True).items()
+            for rank, (item, score) in enumerate(scores.items())
         ]
         return pandas.DataFrame(rows, columns=["qid", "docno", "score", "rank"])
 
@@ -292,7 +306,8 @@ class Run(Mapping[str, Ranking]):
         Raises
         ------
         InputError
-            On an id that is empty or holds white space, which separates the file's columns.
+            On an id that is empty or holds white space, which separates the file's columns; on
+            half of a surrogate pair, which no UTF-8 file holds.
         """
         for query in self:
             check_id(query, "query")
@@ -301,17 +316,18 @@ class Run(Mapping[str, Ranking]):
         tag = "_".join(self.name.split()) or "run"
         lines = (
             f"{query} Q0 {item} {rank} {score!r} {tag}\n"
-            for query, ranking in self._rankings.items()
-            for rank, (item, score) in enumerate(
-                zip(
-                    ranking.ids.tolist(),
-                    strictly_decreasing(ranking.scores).tolist(),
-                    strict=True,
-                ),
-                1,
-            )
+            for query, scores in self.to_dict(strict=True).items()
+            for rank, (item, score) in enumerate(scores.items(), 1)
         )
-        return atomic_write(path, "".join(lines).encode())
+        try:
+            written = "".join(lines).encode()
+        except UnicodeEncodeError as error:
+            line = error.object[: error.end].count("\n")
+            raise InputError(
+                f"half of a surrogate pair is in an id or the name of the run and cannot be "
+                f"written: {error.object.splitlines()[line]!r}"
+            ) from None
+        return atomic_write(path, written)
 
     # -- working with it -------------------------------------------------------------------
 

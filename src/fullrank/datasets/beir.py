@@ -8,8 +8,8 @@ from fullrank.core.errors import InputError
 from fullrank.datasets.dataset import Dataset
 from fullrank.datasets.jsonl import jsonl
 from fullrank.datasets.judgements import read_qrels
-from fullrank.datasets.query_files import read_queries
-from fullrank.datasets.reading import Errors
+from fullrank.datasets.query_files import collect_queries, query_objects
+from fullrank.datasets.reading import Errors, find_file
 
 
 def beir(folder: str | Path, split: str = "test", *, errors: Errors = "strict") -> Dataset:
@@ -47,7 +47,8 @@ def beir(folder: str | Path, split: str = "test", *, errors: Errors = "strict") 
     if not is_beir(root):
         raise InputError(f"{root} is no BEIR folder: it has no corpus.jsonl (nor corpus.jsonl.gz)")
     qrels = read_qrels(_split_file(root, split))
-    queries = read_queries(root / "queries.jsonl", errors=errors)
+    file = find_file(root / "queries.jsonl")
+    queries = collect_queries(query_objects(file, errors), file, qrels)
     if unknown := qrels.keys() - queries.keys():
         raise InputError(
             f"{root}: qrels/{split}.tsv judges {len(unknown)} queries that are not in "
@@ -56,7 +57,7 @@ def beir(folder: str | Path, split: str = "test", *, errors: Errors = "strict") 
     return Dataset(
         name=root.resolve().name,
         corpus=jsonl(root / "corpus.jsonl", errors=errors),
-        queries={q: text for q, text in queries.items() if q in qrels},
+        queries=queries,
         qrels=qrels,
         manifest={"name": root.resolve().name, "format": "BEIR", "split": split},
     )

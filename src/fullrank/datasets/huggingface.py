@@ -11,7 +11,7 @@ from fullrank.core.progress import progress
 from fullrank.datasets.dataset import Dataset
 from fullrank.datasets.jsonl import ID_FIELDS
 from fullrank.datasets.judgements import collect_qrels
-from fullrank.datasets.query_files import collect_queries
+from fullrank.datasets.query_files import QUERY_ID_FIELDS, collect_queries
 from fullrank.datasets.reading import Rows
 
 _QUERY_COLUMNS = ("query-id", "query_id", "qid")
@@ -111,17 +111,17 @@ def _retrieval(
 ) -> Dataset:
     # Corpus and queries come in one split, named like its configuration.
     corpus = _rows(name, _only_split(library, name, "corpus"), columns, limit).corpus()
-    texts = _only_split(library, name, "queries")
-    queries = collect_queries(_queries(texts, f"{name}, queries"), f"{name}, queries")
     judgements = next((c for c in ("default", "qrels") if c in configs), None)
     if judgements is None:
         raise InputError(f"{name} has no configuration 'default' or 'qrels' with the judgements")
     qrels = collect_qrels(_qrels(_load(library, name, judgements, split), name), name)
+    texts = _only_split(library, name, "queries")
+    queries = collect_queries(_queries(texts, f"{name}, queries"), f"{name}, queries", qrels)
     manifest = {"name": name, "format": "Hugging Face", "split": split}
     return Dataset(
         name=name,
         corpus=corpus,
-        queries={q: text for q, text in queries.items() if q in qrels},
+        queries=queries,
         qrels={q: judged for q, judged in qrels.items() if q in queries},
         manifest={**manifest, "sha256": corpus.fingerprint},
     )
@@ -153,7 +153,7 @@ def _rows(name: str, table: Any, columns: tuple[str | None, str, str], limit: in
 
 
 def _queries(table: Any, where: str) -> Iterator[tuple[int, object, object]]:
-    key = _column(table, ID_FIELDS, where)
+    key = _column(table, QUERY_ID_FIELDS, where)
     for number, row in enumerate(table, 1):
         yield number, row[key], row.get("text")
 

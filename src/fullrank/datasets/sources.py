@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,9 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
     "cranfield": cranfield,
     "vaswani": vaswani,
 }
+# What these begin with, a brace or a tag, tells nothing.
+_MARKED_UP = (".md", ".markdown", ".rst")
+_TREC = re.compile(r"<doc[\s>]|<\?xml", re.IGNORECASE)
 _FORMS = (
     "a .jsonl, .tsv, TREC or text file, a folder of text files or in BEIR's layout, 'pydocs', "
     "'cranfield', 'vaswani', 'ir_datasets:ID' or 'hf:NAME'"
@@ -123,11 +128,22 @@ def _file(path: Path, errors: Errors) -> Corpus:
         return jsonl(path, errors=errors)
     if name.endswith(".tsv"):
         return tsv(path, errors=errors)
-    first = next((line for _, line in read_lines(path, errors) if line.strip()), "")
-    if first.lstrip().lower().startswith(("<doc", "<?xml")):
+    if name.endswith(_MARKED_UP) and path.suffix != ".gz":
+        return text_folder(path, errors=errors)
+    first = next((line for _, line in read_lines(path, errors) if line.strip()), "").lstrip()
+    plain = name.endswith((".txt", ".text")) and path.suffix != ".gz"
+    if _TREC.match(first):
         return trec_documents(path, errors=errors)
-    if first.lstrip().startswith("{"):
+    if first.startswith("{") and (_is_json(first) or not plain):
         return jsonl(path, errors=errors)
-    if name.endswith((".txt", ".text", ".md", ".markdown", ".rst")) and path.suffix != ".gz":
+    if plain:
         return text_folder(path, errors=errors)
     raise InputError(f"{path} is in no form that can be told; expected {_FORMS}")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

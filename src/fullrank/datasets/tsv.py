@@ -54,7 +54,7 @@ def tsv(
             continue
         cells = line.split("\t")
         if names is None:
-            names = _header(cells)
+            names = header(cells)
             if names is not None:
                 continue
             names = _BY_WIDTH.get(len(cells))
@@ -63,12 +63,7 @@ def tsv(
                     f"{file}, line {number}: {len(cells)} tab-separated columns; expected 2 "
                     "(id, text), 3 (id, title, text) or a header; name them with columns="
                 )
-        if len(cells) != len(names):
-            raise InputError(
-                f"{file}, line {number}: {len(cells)} tab-separated columns, expected "
-                f"{len(names)} ({', '.join(names)})"
-            )
-        row = dict(zip(names, cells, strict=True))
+        row = by_name(names, cells, f"{file}, line {number}")
         rows.add(row.pop("id"), row.pop("text"), row.pop("title", ""), row, line=number)
     return rows.corpus()
 
@@ -81,10 +76,23 @@ def _checked(columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def _header(cells: Sequence[str]) -> tuple[str, ...] | None:
-    """Column names, when the first line is made of them."""
+def header(
+    cells: Sequence[str], ids: Sequence[str] = ID_FIELDS, texts: Sequence[str] = ("text",)
+) -> tuple[str, ...] | None:
+    """Column names, ``id`` and ``text`` among them, when the first line is made of such."""
     names = [cell.strip().lower() for cell in cells]
-    identifier = next((n for n in ID_FIELDS if n in names), None)
-    if identifier is None or "text" not in names or len(set(names)) != len(names):
+    identifier, text = (next((n for n in known if n in names), None) for known in (ids, texts))
+    if identifier is None or text is None or len(set(names)) != len(names):
         return None
-    return tuple("id" if name == identifier else name for name in names)
+    renamed = {identifier: "id", text: "text"}
+    return tuple(renamed.get(name, name) for name in names)
+
+
+def by_name(names: Sequence[str], cells: Sequence[str], where: str) -> dict[str, str]:
+    """Cells of a line by the names of their columns."""
+    if len(cells) != len(names):
+        raise InputError(
+            f"{where}: {len(cells)} tab-separated columns, expected "
+            f"{len(names)} ({', '.join(names)})"
+        )
+    return dict(zip(names, cells, strict=True))

@@ -120,7 +120,7 @@ class Evaluator:
             self._measures = ir_measures.evaluator(
                 list(self._names), {number: judged[q] for q, number in self._numbers.items()}
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # AP(rel=0) is a TypeError
             raise InputError(f"ir-measures cannot compute this here: {error}") from error
 
     def __call__(self, run: Run | Mapping[str, Mapping[str, float]]) -> Evaluation:
@@ -188,7 +188,9 @@ def _checked(qrels: Qrels) -> dict[str, dict[str, int]]:
                 )
             plain[document] = whole
         if plain:
-            judged[query] = plain
+            # Where no grade of a query reaches 0, trec_eval reads beyond its arrays.
+            least = 0 if max(plain.values()) < 0 else -_LARGEST_GRADE
+            judged[query] = {document: max(grade, least) for document, grade in plain.items()}
     return judged
 
 

@@ -54,7 +54,8 @@ class BM25(RetrieverStage):
         Formula of term weights and idf: ``"lucene"`` (default), ``"robertson"``, ``"atire"``,
         ``"bm25l"`` or ``"bm25+"``.
     k1, b
-        How fast repeated terms saturate, and how much long documents are discounted.
+        How fast repeated terms saturate, and how much long documents are discounted; ``k1`` is
+        above 0 for ``"bm25l"`` and ``"bm25+"``.
     stopwords
         A language that bm25s knows (``"en"``), a list of words, or None to keep all words.
     stemmer
@@ -249,6 +250,9 @@ def _checked(settings: _Settings) -> _Settings:
         raise InputError(
             f"k1={settings.k1}, b={settings.b}; k1 is at least 0 and b between 0 and 1"
         )
+    # Without k1 their terms do not tell a document with a token from one without, or are no number.
+    if settings.k1 == 0 and settings.method in ("bm25l", "bm25+"):
+        raise InputError(f"k1=0 finds nothing with the method {settings.method}; give k1 above 0")
     if isinstance(settings.stopwords, str):
         tokenization = require("bm25s.tokenization", extra="search")
         try:

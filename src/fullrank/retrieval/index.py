@@ -243,7 +243,8 @@ class Index:
             One of :attr:`systems`.
         where
             Which documents may be found: ``{"field": value}``, ``{"field": [one, or, other]}``,
-            ``{"field": {">=": low, "<": high}}``, or text such as ``"year>=2020"``.
+            ``{"field": {">=": low, "<": high}}``, or text such as ``"year>=2020"``. Without any
+            condition (``{}``) all may.
 
         Raises
         ------
@@ -260,7 +261,7 @@ class Index:
         parse_system(name, view)
         if isinstance(query, str) and not query.strip():
             raise InputError("the query is empty; give at least one word")
-        mask = view.mask(where) if where else None
+        mask = None if where is None else view.mask(where)
         load_for(name, view)
         depth = max(k, view.manifest.settings.depth)
         # What came in as broken Unicode is searched for as far as it is readable.

@@ -61,10 +61,16 @@ def parse_where(where: Where) -> tuple[Condition, ...]:
     """
     if isinstance(where, str):
         where = [where]
+    if not isinstance(where, Iterable):
+        raise InputError(
+            f"the filter {where!r} is a {type(where).__name__}; expected a mapping such as "
+            "{'lang': 'en'} or text such as 'year>=2020'"
+        )
     if not isinstance(where, Mapping):
         return tuple(map(_read, where))
     found: list[Condition] = []
-    for field, value in where.items():
+    for name, value in where.items():
+        field = str(name)
         if isinstance(value, Mapping):
             found += [Condition(field, _operator(o, field), v) for o, v in value.items()]
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -136,11 +142,13 @@ def _holds(condition: Condition, column: Any) -> Mask:
             if isinstance(condition.value, str):
                 raise TypeError("a text is no list of values")
             values = [_scalar(v, flat.type) for v in condition.value]
+            # Others, such as 0.5 among whole numbers, are equal to none of the field's.
+            values = [value for value in values if value.type == flat.type]
             hits = compute.is_in(flat, value_set=pa.array(values, flat.type))
         else:
             compare = getattr(compute, _OPERATORS[condition.operator])
             hits = compare(flat, _scalar(condition.value, flat.type))
-    except (pa.ArrowException, TypeError, ValueError):
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
         raise InputError(
             f"{condition.field!r} holds values of type {flat.type}, which cannot be compared "
             f"with {condition.value!r} by {condition.operator!r}"
@@ -153,7 +161,10 @@ def _holds(condition: Condition, column: Any) -> Mask:
 
 
 def _scalar(value: Any, kind: Any) -> Any:
-    """Return a value as one of the column's type: what was written as text is read as it."""
+    """Return a value as one of the column's type: what was written as text is read as it.
+
+    Among whole numbers, one that is none or is beyond their range is a float.
+    """
     pa = require("pyarrow", extra="search")
     if value is None:
         raise TypeError("nothing can be compared with None")
@@ -162,8 +173,10 @@ def _scalar(value: Any, kind: Any) -> Any:
     elif isinstance(value, str) and not pa.types.is_large_string(kind):
         whole = pa.types.is_integer(kind) and _WHOLE.fullmatch(value)
         value = int(value) if whole else float(value)
-    if pa.types.is_integer(kind) and isinstance(value, float):
-        return pa.scalar(value, pa.float64())
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and pa.types.is_integer(kind):
+        whole = value == value // 1 and -(2**63) <= value < 2**63
+        return pa.scalar(int(value), kind) if whole else pa.scalar(float(value), pa.float64())
     return pa.scalar(value, kind)
 
 

@@ -11,7 +11,10 @@ from fullrank.core.corpus import Document
 Hit: TypeAlias = tuple[int, int, str]
 """Where a word of the query stands, and its stem."""
 
+_LETTER = re.compile(r"\w")
 _WORD = re.compile(r"\w+")
+# The rest of a word, in steps: a huge one is not read to its end for every stem that is in it.
+_INSIDE = re.compile(r"\w{1,40}")
 _SPACE = re.compile(r"\s+")
 # Where a snippet may begin: after the end of a sentence or of a line.
 _BREAK = re.compile(r"[.!?:;]\s+|\n+\s*")
@@ -109,15 +112,14 @@ def _hits(text: str, low: int, high: int, wanted: frozenset[str]) -> list[Hit]:
     for stem in wanted:
         left, at = max(1, _HITS // len(wanted)), lowered.find(stem)
         while at >= 0 and left:
-            stop = at + 1
-            if not (at and _WORD.match(lowered, at - 1)):
-                word = _WORD.match(lowered, at)
-                assert word is not None  # a stem is made of letters
-                stop = word.end()
-                if _stem(word[0]) == stem:
-                    hits.append((low + at, low + stop, stem))
-                    left -= 1
-            at = lowered.find(stem, stop)
+            begins = at == 0 or not _LETTER.match(lowered, at - 1)
+            word = (_WORD if begins else _INSIDE).match(lowered, at)
+            assert word is not None  # a stem is made of letters
+            if begins and _stem(word[0]) == stem:
+                hits.append((low + at, low + word.end(), stem))
+                left -= 1
+            # No other word begins within this one.
+            at = lowered.find(stem, word.end())
     return sorted(hits)
 
 

@@ -138,14 +138,15 @@ class View:
             ("feedback", encoder), lambda: PseudoQueryReranker.from_dense(self.dense(encoder))
         )
 
-    def mask(self, where: Where) -> Mask:
-        """Return which documents a filter lets through."""
+    def mask(self, where: Where) -> Mask | None:
+        """Return which documents a filter lets through; None where it has no condition."""
 
         def column(field: str) -> Any:
             with reading(self.part, "the metadata"):
                 return self.once(("field", field), lambda: read_filter_column(self.part, field))
 
-        return matching(parse_where(where), column)
+        conditions = parse_where(where)
+        return matching(conditions, column) if conditions else None
 
     def _model(self, record: EncoderRecord) -> str | Path:
         if record.home == "name":

@@ -138,13 +138,19 @@ def create_app(
         raise InputError(f"refresh is {refresh}; it is a number of seconds, at least 0")
     searcher = Searcher(index, limits.concurrency, refresh)
     example = searcher.now.default
-    gate = Gate(limits)
-    pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="search")
+
+    def workers() -> tuple[Gate, ThreadPoolExecutor]:
+        return Gate(limits), ThreadPoolExecutor(limits.concurrency, thread_name_prefix="search")
+
+    gate, pool = workers()  # not in the lifespan: mounted in another application, it has none
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal gate, pool
         yield
         pool.shutdown(wait=False, cancel_futures=True)
+        # It may be started again, in another event loop.
+        gate, pool = workers()
 
     app = FastAPI(
         title="fullrank search",
