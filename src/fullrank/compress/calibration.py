@@ -394,12 +394,10 @@ def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
 
 def _over_sequences(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum over each sequence's real tokens, ``(batch, d)``, and their number, ``(batch, 1)``."""
-    # A sum over a sequence is out of float16's range long before its terms are. Apple's GPUs have
-    # no float64.
-    wide = torch.float32 if value.device.type == "mps" else torch.float64
+    # A sum over a sequence is out of float16's range long before its terms are.
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
     if mask is not None:
-        real = mask.to(device=value.device, dtype=torch.bool)
-        total = value.masked_fill(~real[..., None], 0).sum(1, dtype=wide)
-        return total, real.sum(1, keepdim=True).clamp_min(1)
+        weights = mask.to(device=value.device, dtype=value.dtype)
+        return (weights[:, None] @ value)[:, 0], weights.sum(1, keepdim=True).clamp_min(1)
     rows = value.reshape(value.shape[0], -1, value.shape[-1])
-    return rows.sum(1, dtype=wide), torch.tensor(rows.shape[1], device=value.device)
+    return rows.sum(1), torch.full_like(rows[:, 0, :1], rows.shape[1])
