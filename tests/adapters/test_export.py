@@ -115,3 +115,61 @@ def test_what_is_trained_of_an_embedding_is_not_left_out(more, tmp_path):
     model.save_pretrained(tmp_path / "peft")
     with pytest.raises(InputError, match="no update of a linear layer"):
         read_lora(tmp_path / "peft")
+
+
+def small_moe(experts=3):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(num_local_experts=experts, **sizes, **heads)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def saved(base, folder, **options):
+    """A LoRA of PEFT that does something, and its folder."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_replication": [(0, 2), (0, 2)]}, "repeats layers"),
+        ({"alora_invocation_tokens": [7], "task_type": "CAUSAL_LM"}, "from certain tokens on"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "a stack of experts"),
+        ({"target_parameters": ["gate.weight", "experts.down_proj"]}, "a stack of experts"),
+    ],
+)
+def test_what_plain_factors_cannot_say_is_refused(options, message, tmp_path):
+    model = saved(small_moe(), tmp_path / "peft", **options)
+    with pytest.raises(InputError, match=message):
+        read_lora(tmp_path / "peft")
+    with pytest.raises(InputError, match=rf"{message}|of no linear layer"):
+        save_as_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_matrix_named_by_its_parameter_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+    config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config)
+    model = saved(base, tmp_path / "peft", target_parameters=["mlp.up_proj.weight"])
+    updates, _, _ = read_lora(tmp_path / "peft")
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    found = updates["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(found.B @ found.A, layer.get_delta_weight("default"))
+    assert updates.keys() == to_lora(model).keys()
+
+
+def test_a_stack_of_experts_is_shown_as_one(tmp_path):
+    options = {"target_parameters": ["mlp.experts.down_proj"], "lora_alpha": 2}
+    model = saved(small_moe(), tmp_path / "peft", **options)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    row = next(row for row in inspect(tmp_path / "peft").rows if row[0].endswith("0.mlp.experts"))
+    assert row[1:4] == ["3 x 16 x 24", 2, 3 * 2 * (16 + 24)]
+    assert row[4] == pytest.approx(float(layer.get_delta_weight("default").norm()), rel=1e-5)

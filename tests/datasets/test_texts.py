@@ -41,6 +41,35 @@ def test_a_text_that_runs_on_is_cut_not_drawn_from():
     assert "".join(texts.parts[part][0] for part in ("train", "dev", "test")) == text
 
 
+def test_many_short_texts_are_held_out_whole():
+    lines = [f"{'QA'[i % 2]}: the line number {i:04d}" for i in range(2000)]
+    parts = Texts.divided("lines", ["", *lines]).parts
+    assert [len(parts[part]) for part in ("train", "dev", "test")] == [1790, 105, 105]
+    assert sorted(text for texts in parts.values() for text in texts) == sorted(lines)
+    # Spread over all of the list, whatever takes turns in it.
+    for part in ("dev", "test"):
+        numbers = [int(text[-4:]) for text in parts[part]]
+        assert {number // 100 for number in numbers} == set(range(20))
+        assert abs(sum(number % 2 for number in numbers) - 52) < 2
+
+
+def test_long_texts_among_short_ones_are_cut():
+    book = "0123456789" * 1000
+    parts = Texts.divided("mixed", [*["short"] * 30, book]).parts
+    assert [texts[-1] for texts in parts.values()] == [book[:9000], book[9000:9500], book[9500:]]
+    assert [len(texts) for texts in parts.values()] == [28, 3, 2]
+    # Of few there is none to spare.
+    few = Texts.divided("few", ["a short text of forty characters " * 2] * 18).parts
+    assert [len(texts) for texts in few.values()] == [18, 18, 18]
+
+
+def test_an_ending_may_be_in_capitals(tmp_path):
+    line = json.dumps({"text": "a line " * 40})
+    (tmp_path / "S.JSONL").write_text(line)
+    assert "{" not in read_texts(tmp_path / "S.JSONL").parts["train"][0]
+    assert read_texts(tmp_path).size("train") == read_texts(tmp_path / "S.JSONL").size("train")
+
+
 def test_files_and_folders(tmp_path):
     lines = [json.dumps({"body": f"document {i} " * 20}) for i in range(3)]
     (tmp_path / "notes.jsonl").write_text("\n".join(lines))
@@ -54,6 +83,23 @@ def test_files_and_folders(tmp_path):
         "dev": ("the valid text",),
         "test": ("the test text",),
     }
+
+
+def test_the_files_of_a_part_are_joined(tmp_path):
+    for name in ("train.1.txt", "train.2.txt", "test.txt"):
+        (tmp_path / name).write_text(f"the text of {name}")
+    texts = read_texts(tmp_path)
+    assert "train.1" in texts.parts["train"][0]
+    assert "train.2" in texts.parts["train"][1]
+    assert texts.parts["test"] == ("the text of test.txt",)
+
+
+@pytest.mark.parametrize("names", [("dev.txt", "valid.txt"), ("train.jsonl", "train.txt")])
+def test_two_files_for_one_part_are_refused(names, tmp_path):
+    for name in {"train.txt", "test.txt", *names}:
+        (tmp_path / name).write_text("some text")
+    with pytest.raises(InputError, match=f"{names[0]} and .*{names[1]} are of one part"):
+        read_texts(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from fullrank.training import EncoderTraining
         ("epochs", True),
         ("dropout", 1.0),
         ("dev_documents", True),
+        ("seed", 2**32),
     ],
 )
 def test_bad_values(name, value):

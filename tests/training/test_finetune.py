@@ -118,6 +118,7 @@ def stop_after_three_steps(monkeypatch):
         ("pairs", "eva", "adamw"),
         ("pairs", "lora_sb", "adamw"),
         ("pairs", "pissa", "sgd"),
+        ("pairs", "flylora", "adamw"),
         ("classifier", "lora_ga", "adamw"),
         ("classifier", "dora", "muon"),
         ("classifier", "full", "adamp"),
@@ -197,13 +198,13 @@ def test_the_folder_is_an_adapter_with_its_log(run_of, lm_folder, tmp_path):
         finetune(run_of("lm", "adapter.rank=1"), out=tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_ga"])
+@pytest.mark.parametrize(("method", "rank"), [("lora", 1), ("lora_ga", 1), ("hydra", 2)])
 @pytest.mark.parametrize("kind", ["lm", "classifier"])
-def test_as_lora_loads_with_peft_alone(kind, method, run_of, tmp_path):
+def test_as_lora_loads_with_peft_alone(kind, method, rank, run_of, tmp_path):
     from fullrank.training.finetune_tasks import make_task
     from fullrank.training.processes import Processes
 
-    run = run_of(kind, f"adapter.method={method}", "adapter.as_lora=true", "adapter.rank=1")
+    run = run_of(kind, f"adapter.method={method}", "adapter.as_lora=true", f"adapter.rank={rank}")
     tuned = finetune(run, out=tmp_path / "run", progress=False)
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -214,9 +215,13 @@ def test_as_lora_loads_with_peft_alone(kind, method, run_of, tmp_path):
     torch.testing.assert_close(x(again), x(tuned.model), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_lora_is_told_before_training(run_of, tmp_path):
-    run = run_of("lm", "adapter.method=dora", "adapter.as_lora=true")
-    with pytest.raises(InputError, match="not of low rank"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("adapter.method=dora", "not of low rank"), ("adapter.options.bias=all", "trained biases")],
+)
+def test_what_is_no_lora_is_told_before_training(change, message, run_of, tmp_path):
+    run = run_of("lm", change, "adapter.as_lora=true")
+    with pytest.raises(InputError, match=message):
         finetune(run, out=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -226,6 +231,35 @@ def test_early_stop_keeps_the_best_weights(run_of):
     tuned = finetune(run_of("lm", *changes, "loop.evaluations=20"), progress=False)
     assert tuned.history.stopped == "patience"
     assert tuned.history.best.metric == min(e.metric for e in tuned.history.evaluations)
+
+
+def test_what_is_kept_is_what_was_measured(run_of, tmp_path):
+    from fullrank.training.finetune_tasks import make_task
+    from fullrank.training.processes import Processes
+
+    changes = ["adapter.method=flylora", "adapter.rank=8", "adapter.options.bias_update_rate=0.1"]
+    loop = ["optimizer.lr=1", "loop.steps=20", "loop.evaluations=10", "loop.precision=float32"]
+    run = run_of("lm", *changes, *loop, "loop.decay=constant")
+    tuned = finetune(run, out=tmp_path / "run", progress=False)
+    best = tuned.history.best
+    assert 0 < best.step < 20
+    measure = make_task(run, None, Processes()).measure
+    assert measure(tuned.model)[0] == best.metric
+    assert measure(finetune(run, out=tmp_path / "run", progress=False).model)[0] == best.metric
+
+
+def test_best_weights_that_lack_a_buffer_are_refused(run_of, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    run = run_of("lm", "adapter.method=flylora")
+    stop_after_three_steps(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(run, out=tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    (best,) = (tmp_path / "run" / "checkpoints").glob("*/best.safetensors")
+    save_file({n: t for n, t in load_file(best).items() if "flylora_d" not in n}, best)
+    with pytest.raises(StoreError, match="another version of fullrank"):
+        finetune(run, out=tmp_path / "run", progress=False)
 
 
 def test_a_plan_gives_the_ranks(run_of, lm_folder, tmp_path):
@@ -241,8 +275,13 @@ def test_a_plan_gives_the_ranks(run_of, lm_folder, tmp_path):
     plan = RankPlan({name: PlanEntry(shape, 3)}, purpose="adapter", fingerprint=fingerprint)
     path = plan.save(tmp_path / "plan.json")
     run = run_of("lm", "adapter.rank=null", f"adapter.plan={path}", "loop.steps=1")
-    tuned = finetune(run, progress=False)
+    tuned = finetune(run, out=tmp_path / "run", progress=False)
     assert [(layer.name, layer.rank) for layer in tuned.adapter] == [(name, 3)]
+    again = finetune(run, out=tmp_path / "run", progress=False)
+    assert again.data == tuned.data
+    plan.scale(0.5).save(path)
+    with pytest.raises(InputError, match="another plan"):
+        finetune(run, out=tmp_path / "run", progress=False)
 
 
 def test_a_run_does_not_go_on_from_another_start(run_of, tmp_path, monkeypatch):
@@ -304,6 +343,25 @@ def test_settings_that_make_no_sense(kind, change, message, run_of):
         run_of(kind, change)
     with pytest.raises(InputError, match="leave out rank"):
         run_of(kind, "adapter.method=full", "adapter.rank=2")
+
+
+@pytest.mark.parametrize("kind", ["lm", "pairs", "classifier"])
+def test_a_tokenizer_of_more_tokens_than_the_model_knows_is_told(kind, run_of, sources, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", **{**LLAMA, "vocab_size": 100, "eos_token_id": 0})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the model knows 100 tokens"):
+        finetune(run_of(kind, f"model.name={tmp_path}"), progress=False)
+
+
+def test_texts_without_a_token_are_classified(run_of, lm_folder):
+    # This tokenizer adds none.
+    texts = [("", "a"), ("", "b"), ("", "a"), ("", "b"), ("c", "b"), ("", "a")]
+    run = run_of("classifier", f"model.name={lm_folder}", "loop.batch_size=2")
+    tuned = finetune(run, data=Rows("x", tuple(texts), tuple(texts[:3])), progress=False)
+    assert tuned.history.stopped == "steps"
 
 
 def test_folders_of_parts(run_of, tmp_path):

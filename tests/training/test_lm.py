@@ -279,12 +279,13 @@ def test_a_damaged_checkpoint_is_told(texts, tmp_path, monkeypatch):
         (["loop.typo=1"], "loop.typo"),
         (["optimizer.lr=-1"], "optimizer.lr"),
         (["model.name=x"], "either name"),
-        (["optimizer.per_layer=true"], "loop.clip"),
+        (["optimizer.per_layer=true"], "loop.clip=null"),
         (["nonsense"], "section.key=value"),
         (["data.context.x=1"], "not a section"),
         (["loop.steps=[1"], r"loop.steps=\[1' cannot be read"),
         (["data.source=2024-13-45"], "cannot be read"),
         (["optimizer.lr=.inf"], "optimizer.lr"),
+        (["loop.seed=4294967296"], "loop.seed"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):
@@ -301,6 +302,8 @@ def test_settings_that_make_no_sense(changes, message):
         ("adamw", {"optimizer": {"options": {"typo": 1}}}, "typo"),
         ("lora_pro", {}, "LoRA"),
         ("mkor", {"optimizer": {"options": {"grad_scale": 0.5}}}, "grad_scale"),
+        ("adamw", {"optimizer": {"options": {"betas": [0.9, 2]}}}, "beta parameter"),
+        ("adamw", {"model": {"config": {**MODEL, "vocab_size": 100}}}, "the model knows 100"),
         ("adamw", {"data": {"context": 64}}, "takes 32 tokens"),
         ("adamw", {"data": {"source": "nowhere"}}, "no texts at"),
         ("adamw", {"loop": {"device": "gpu"}}, "no device 'gpu'"),
@@ -334,6 +337,14 @@ def test_files_of_settings(tmp_path):
         LMTraining.read(tmp_path / "absent.yaml")
     dated = LMTraining.read(yaml, ["data.source=2024-01-02", "data.tokenizer=nan"]).data
     assert (dated.source, dated.tokenizer) == ("2024-01-02", "nan")
+    yaml.write_text("model:\n  config: {model_type: llama}\nloop:\noptimizer:\n  options:\n")
+    assert LMTraining.read(yaml).loop == LMTraining.read(toml).loop
+    assert LMTraining.read(yaml, ["loop.steps=3", "optimizer.options.eps=1.0"]).loop.steps == 3
+    capitals = toml.rename(tmp_path / "RUN.TOML")
+    assert LMTraining.read(capitals).optimizer.lr == 1e-2
+    yaml.write_text("model:\n")
+    with pytest.raises(InputError, match="model"):
+        LMTraining.read(yaml)
     yaml.write_bytes(b"model: {name: \xff}")
     with pytest.raises(InputError, match="cannot be read"):
         LMTraining.read(yaml)

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullrank.adapters.lora_files import LowRank, trained_whole, update_of, write_lora
+from fullrank.adapters.lora_files import (
+    LowRank,
+    check_plain,
+    trained_whole,
+    update_of,
+    write_lora,
+)
 from fullrank.adapters.lora_ga_model import start_of
 from fullrank.adapters.lora_reading import CHANGED_BASE, factors, read_config
 from fullrank.core.errors import InputError, require
@@ -37,8 +43,9 @@ def to_lora(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
     Raises
     ------
     InputError
-        When there is no such adapter, an update is not of low rank (DoRA), is of no linear layer,
-        comes with a bias, or belongs to a base weight that was changed (PiSSA).
+        When there is no such adapter, an update is not of low rank (DoRA), is of no linear layer
+        (a stack of experts), comes with a bias, or belongs to a base weight that was changed
+        (PiSSA).
 
     Examples
     --------
@@ -71,16 +78,27 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
     Raises
     ------
     InputError
-        As :func:`to_lora`, and when biases or single tokens were trained beside the layers. Modules
-        that were trained whole (a classifier) are in the file too, as PEFT writes them, and biases
-        that come with an update (Hydra's) as PEFT's ``lora_bias``.
+        As :func:`to_lora`, when biases or single tokens were trained beside the layers, and when
+        the adapter repeats layers. Modules that were trained whole (a classifier) are in the file
+        too, as PEFT writes them, and biases that come with an update (Hydra's) as PEFT's
+        ``lora_bias``.
 
     Examples
     --------
     >>> save_as_lora(tuned, "adapter")  # doctest: +SKIP
     """
+    updates, biases = updates_and_biases(model, adapter)
+    config: Any = model.peft_config[adapter]  # type: ignore[index]
+    return write_lora(folder, updates, config, trained_whole(model, adapter), biases=biases)
+
+
+def updates_and_biases(
+    model: nn.Module, adapter: str = "default"
+) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """What :func:`save_as_lora` writes of an adapter's layers: what it refuses is refused here."""
     updates, biases = _folded(model, adapter)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
+    check_plain(vars(config), f"adapter {adapter!r}")
     if getattr(config, "bias", "none") != "none":
         raise InputError(
             f"adapter {adapter!r} also trained biases, which are no low-rank update; use "
@@ -91,7 +109,7 @@ def save_as_lora(model: nn.Module, folder: str | Path, adapter: str = "default")
             f"adapter {adapter!r} also trained single tokens, which are no low-rank update; use "
             "model.save_pretrained or merge_and_unload"
         )
-    return write_lora(folder, updates, config, trained_whole(model, adapter), biases=biases)
+    return updates, biases
 
 
 def _folded(model: nn.Module, adapter: str) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
@@ -159,7 +177,12 @@ def _update(name: str, layer: Any, adapter: str) -> LowRank:
         except InputError as error:
             raise InputError(f"{plain}: {error}") from error
         return found
-    if adapter not in getattr(layer, "lora_A", {}) or adapter in layer.lora_variant:
+    # PEFT's layer around one parameter of a module, whatever that is.
+    wrapped = getattr(layer, "parameter_name", None)
+    linear = wrapped is None or (
+        wrapped == "weight" and isinstance(layer.get_base_layer(), nn.Linear)
+    )
+    if not linear or adapter not in getattr(layer, "lora_A", {}) or adapter in layer.lora_variant:
         raise InputError(
             f"the update of {plain} is not of low rank, or of no linear layer; use merge_and_unload"
         )

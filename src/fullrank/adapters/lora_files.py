@@ -23,6 +23,11 @@ _BESIDE = {
     "trainable_token_indices": None,
     "modules_to_save": None,
 }
+# By what a LoRA configuration acts otherwise than by adding to the layers of its base.
+_OTHERWISE = {
+    "alora_invocation_tokens": "acts from certain tokens on",
+    "layer_replication": "repeats layers of its base",
+}
 
 
 class LowRank(NamedTuple):
@@ -66,6 +71,21 @@ def trained_beside(config: Any) -> list[str]:
     return [
         name for name, none in _BESIDE.items() if getattr(config, name, None) not in (none, None)
     ]
+
+
+def check_plain(settings: Mapping[str, Any], what: str) -> None:
+    """Raise where a LoRA does more than plain factors can say: act at times, repeat layers.
+
+    >>> check_plain({"layer_replication": [(0, 2), (0, 2)]}, "tuned")
+    Traceback (most recent call last):
+        ...
+    fullrank.core.errors.InputError: tuned repeats layers of its base (layer_replication), ...
+    """
+    for name, how in _OTHERWISE.items():
+        if settings.get(name):
+            raise InputError(
+                f"{what} {how} ({name}), which plain factors cannot say; keep it as PEFT saves it"
+            )
 
 
 def write_lora(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fullrank.adapters.lora_files import LowRank
+from fullrank.adapters.lora_files import LowRank, check_plain
 from fullrank.core.errors import InputError, StoreError, require
 from fullrank.core.table import Cell, Table
 
@@ -38,8 +38,9 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
     Raises
     ------
     InputError
-        When the adapter is no update of low rank (DoRA, a convolution, an embedding, biases,
-        another type), or of a base that was changed (PiSSA).
+        When the adapter is no update of low rank (DoRA, a convolution, an embedding, biases, a
+        stack of experts, another type), of a base that was changed (PiSSA), or acts otherwise than
+        by its updates alone (aLoRA, repeated layers).
     StoreError
         When the folder holds no adapter.
 
@@ -48,7 +49,6 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
     >>> updates, _, config = read_lora("adapter")  # doctest: +SKIP
     """
     peft = require("peft", extra="adapters")
-    pattern_key = require("peft.utils.other", extra="adapters").get_pattern_key
     values = read_config(folder)
     kind, start = str(values.get("peft_type")), str(values.get("init_lora_weights", ""))
     if kind != "LORA":
@@ -65,6 +65,7 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
             f"{folder} holds DoRA magnitudes or biases, which are no update of low rank; load it "
             "on its base model and use merge_and_unload"
         )
+    check_plain(values, str(folder))
     whole = dict(_others(folder))
     for name in whole:
         if ".lora_" in name or "trainable_tokens" in name:
@@ -73,13 +74,19 @@ def read_lora(folder: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]
                 "model and use merge_and_unload"
             )
     config = peft.LoraConfig.from_pretrained(str(folder))
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    # A linear layer names its matrix so.
+    linear = all(name.endswith("weight") for name in values.get("target_parameters") or ())
     updates = {}
     for name, A, B in factors(folder):
         if A.dim() != 2:
             raise InputError(f"{folder}: {name} is a convolution; use merge_and_unload")
-        rank = ranks.get(pattern_key(ranks, name), config.r)
-        alpha = alphas.get(pattern_key(alphas, name), config.lora_alpha)
+        rank = _of_layer(vars(config), "r", "rank_pattern", name)
+        if len(A) != rank or not linear:
+            raise InputError(
+                f"{folder} holds updates of other parameters than matrices of linear layers, such "
+                f"as a stack of experts ({name}: {len(A)} rows, rank {rank}); use merge_and_unload"
+            )
+        alpha = _of_layer(vars(config), "lora_alpha", "alpha_pattern", name)
         scaling = alpha / (rank**0.5 if config.use_rslora else rank)
         updates[name] = LowRank(A, B * scaling)
     return updates, whole, config
@@ -96,8 +103,9 @@ def inspect(folder: str | Path) -> Table:
     Returns
     -------
     Table
-        LoRA: a row a layer: shape, rank, numbers, and the norm of ``B A`` before scaling; modules
-        that were trained whole below them. Other types: a row a tensor.
+        LoRA: a row a layer: shape (of a stack of experts: how many, and that of each), rank,
+        numbers, and the norm of ``B A`` before scaling; modules that were trained whole below
+        them. Other types: a row a tensor.
 
     Raises
     ------
@@ -112,9 +120,9 @@ def inspect(folder: str | Path) -> Table:
     rows: list[list[Cell]] = []
     if config.get("peft_type") == "LORA":
         for name, A, B in factors(folder):
-            size = float(torch.linalg.matrix_norm(B.flatten(1).float() @ A.flatten(1).float()))
-            shape = f"{len(B)} x {A[0].numel()}"
-            rows.append([name, shape, len(A), A.numel() + B.numel(), size])
+            stacked = config.get("target_parameters")
+            rank = _of_layer(config, "r", "rank_pattern", name) if stacked else len(A)
+            rows.append([name, *_measures(A.flatten(1), B.flatten(1), rank)])
     for name, tensor in _others(folder):
         shape = " x ".join(map(str, tensor.shape))
         size = float(torch.linalg.vector_norm(tensor.float()))
@@ -160,6 +168,24 @@ def factors(folder: str | Path) -> Iterator[tuple[str, Tensor, Tensor]]:
                 raise StoreError(f"{Path(folder) / WEIGHTS} is damaged: {other} is missing")
             name = key.removesuffix(_FACTOR).removeprefix(_PREFIX)
             yield name, file.get_tensor(key), file.get_tensor(other)
+
+
+def _measures(A: Tensor, B: Tensor, rank: int) -> list[Cell]:
+    """Shape, rank, numbers and norm of an update, or of those of a stack of experts."""
+    experts, shape = len(A) // rank, f"{len(B)} x {A.shape[1]}"
+    # PEFT lays A out expert by expert, and the columns of B component by component.
+    downs = A.float().view(experts, rank, -1)
+    ups = B.float().view(len(B), rank, experts).permute(2, 0, 1)
+    norms = [torch.linalg.matrix_norm(up @ down) for up, down in zip(ups, downs, strict=True)]
+    shape = shape if experts == 1 else f"{experts} x {shape}"
+    return [shape, rank, A.numel() + B.numel(), float(torch.stack(norms).norm())]
+
+
+def _of_layer(settings: Mapping[str, Any], usual: str, patterns: str, name: str) -> Any:
+    """A setting of a LoRA configuration that some layers may have of their own."""
+    pattern_key = require("peft.utils.other", extra="adapters").get_pattern_key
+    own = settings.get(patterns) or {}
+    return own.get(pattern_key(own, name), settings[usual])
 
 
 def _others(folder: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,9 @@ from fullrank.datasets.jsonl import read_objects
 PARTS = ("train", "dev", "test")
 # Of a text that comes without parts, what is kept to measure on.
 _HELD_OUT = 0.05
+# Characters below which the end of a text is a crumb; of many such, every so many is held out. A
+# prime keeps no step with texts that come in turn, such as questions and answers.
+_SHORT, _EVERY = 2000, 19
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,18 @@ class Texts:
         """Divide documents without parts: the last tenth of each is held out, half for dev.
 
         A text that runs on is cut, rather than drawn from: neighbouring passages are too alike.
+        Where 19 documents or more are shorter than 2000 characters, too short to be cut, these are
+        held out whole: one in 19 for dev, and one for test.
         """
+        short = [i for i, text in enumerate(documents) if 0 < len(text) < _SHORT]
+        many = len(short) >= _EVERY
+        turns = {i: turn % _EVERY for turn, i in enumerate(short)} if many else {}
+        whole = {_EVERY // 2: "dev", _EVERY - 1: "test"}
         parts: dict[str, list[str]] = {part: [] for part in PARTS}
-        for text in documents:
+        for i, text in enumerate(documents):
+            if i in turns:
+                parts[whole.get(turns[i], "train")].append(text)
+                continue
             held = int(len(text) * _HELD_OUT)
             cuts = [0, len(text) - 2 * held, len(text) - held, len(text)]
             for part, start, stop in zip(PARTS, cuts[:-1], cuts[1:], strict=True):
@@ -93,9 +105,9 @@ def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
         ``"python_source"`` (the built-in one, see :func:`~fullrank.datasets.python_source`);
         ``"tinyshakespeare"``, ``"wikitext-2"`` or ``"gsm8k"`` from the folder that the
         environment variable ``FULLRANK_DATA`` names; a text or JSONL file; a folder with
-        ``train``, ``dev`` and ``test`` files (without ``dev`` one is cut off ``train``), or with
-        any text files; or a data set of the Hugging Face hub as ``hf:NAME`` or
-        ``hf:NAME:CONFIG``.
+        ``train``, ``dev`` and ``test`` files (several of one, ``train.1.txt`` and so on, are
+        joined; without ``dev`` one is cut off ``train``), or with any text files; or a data set
+        of the Hugging Face hub as ``hf:NAME`` or ``hf:NAME:CONFIG``.
     field_name
         Field of a JSONL line, or column of a data set, that holds the text.
 
@@ -134,7 +146,7 @@ def read_texts(source: str | Path, *, field_name: str = "text") -> Texts:
 
 def _documents(path: Path, field_name: str) -> list[str]:
     """Texts of a file: a field of each JSON line, or all of it."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return [
             _field(record, field_name, f"{path}, line {number}")
             for number, record in read_objects(path)
@@ -154,6 +166,11 @@ def _field(record: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(text, str):
         kind = "null" if text is None else f"a {type(text).__name__}"
         raise InputError(f"{where}: the field {name!r} is {kind}, not text")
+    return checked_text(text, name, where)
+
+
+def checked_text(text: str, name: str, where: str) -> str:
+    """Return the text of a field; raise where no tokenizer reads it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -165,18 +182,29 @@ def _field(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _from_folder(folder: Path, field_name: str) -> Texts:
-    named: dict[str, tuple[str, ...]] = {}
+    files: dict[str, list[Path]] = {}
     stems = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
     for stem, part in stems.items():
-        for path in sorted(folder.glob(f"{stem}.*")):
-            named.setdefault(part, tuple(_documents(path, field_name)))
+        if found := sorted(folder.glob(f"{stem}.*")):
+            files.setdefault(part, []).extend(found)
     # A train file alone is one of a folder of sources, as likely as not.
-    if {"train"} < named.keys():
-        return _in_parts(folder.name, named, folder.name)
+    if {"train"} < files.keys():
+        parts = {part: _joined(paths, field_name) for part, paths in files.items()}
+        return _in_parts(folder.name, parts, folder.name)
     documents = [text for path in _text_files(folder) for text in _documents(path, field_name)]
     if not documents:
         raise InputError(f"{folder} holds no .txt, .md, .jsonl or .py file")
     return Texts.divided(folder.name, documents, source=folder.name)
+
+
+def _joined(paths: Sequence[Path], field_name: str) -> tuple[str, ...]:
+    """Texts of a part, whose files are numbered (train.1.txt) where it has several."""
+    first = paths[0]
+    for path in paths[1:]:
+        # As likely as not the same texts once more.
+        if path.suffix != first.suffix or path.name.split(".")[0] != first.name.split(".")[0]:
+            raise InputError(f"{first} and {path} are of one part: which is it? Take one away")
+    return tuple(text for path in paths for text in _documents(path, field_name))
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -184,7 +212,7 @@ def _text_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in (".txt", ".md", ".jsonl", ".py")
+        if path.suffix.lower() in (".txt", ".md", ".jsonl", ".py")
         and path.is_file()
         and not any(name.startswith(".") for name in path.relative_to(folder).parts)
     ]

@@ -13,6 +13,9 @@ Decay = Literal["linear", "cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
 Select = Literal["metric", "rankme"]
 
+MOST_SEED = 2**32 - 1
+"""The largest seed that every generator takes."""
+
 
 @dataclass(frozen=True)
 class EncoderTraining:
@@ -145,6 +148,8 @@ class EncoderTraining:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name} is {value!r}; it is a whole number of at least {least}")
+        if self.seed > MOST_SEED:
+            raise InputError(f"seed is {self.seed}; the largest is {MOST_SEED}")
         for name in ("lr", "scale", "seconds", "epochs", "similarity_scale", "max_grad_norm"):
             value = getattr(self, name)
             if value is None and name in ("lr", "seconds"):

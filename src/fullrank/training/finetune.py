@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from fullrank.core.errors import InputError, require
 from fullrank.core.models import load_model
+from fullrank.core.plan import RankPlan
 from fullrank.training.checkpoints import weights_digest
 from fullrank.training.finetune_adapter import MakeTask, adapted, prepared, trained_model
 from fullrank.training.finetune_config import FULL, FinetuneRun
@@ -161,6 +163,8 @@ class _Finetuning:
         self.config, self.folder, self.processes = config, folder, processes
         self.ranks_every = ranks_every
         _check_adapter(config)
+        section = config.adapter
+        plan = None if section.plan is None else RankPlan.load(section.plan)
         self.device = processes.device(config.loop.device)
         processes.join(self.device)
         self.task = prepared(task, config, processes, self.device)
@@ -169,6 +173,9 @@ class _Finetuning:
             "data": self.task.fingerprint,
             "model": weights_digest(self.task.network),
         }
+        if plan is not None:
+            # The settings name its file, whatever is in it.
+            self.identity["plan"] = hashlib.sha256(plan.to_json().encode()).hexdigest()
         if processes.count > 1:
             self.identity["number of processes"] = processes.count
         self.start: dict[str, Any] = {}
@@ -254,18 +261,20 @@ class _Finetuning:
             from fullrank.training.finetune_trainer import FinetuneTrainer
             from fullrank.training.lm_trainer import arguments
 
-            made = FinetuneTrainer(
+            tuners = [
+                callback
+                for module in model.modules()
+                for callback in getattr(module, "trainer_callbacks", list)()
+            ]
+            return FinetuneTrainer(
                 task=task,
                 counted=counted,
                 autocast=task.autocast,
                 model=model,
                 args=arguments(self.config.loop, workplace, self.device),
+                first=tuners,
                 **given,
             )
-            for module in model.modules():
-                for callback in getattr(module, "trainer_callbacks", list)():
-                    made.add_callback(callback)
-            return made
 
         return Parts(
             model,

@@ -40,8 +40,9 @@ def adapted(task: Task, run: FinetuneRun, progress: bool) -> Any:
     torch.manual_seed(run.loop.seed)
     if section.method == FULL:
         return task.base
-    from fullrank.adapters import adapt, to_lora
+    from fullrank.adapters import adapt
     from fullrank.adapters.adapt_methods import METHODS
+    from fullrank.adapters.export import updates_and_biases
 
     method, options = METHODS[section.method], dict(section.options)
     if "lr" in inspect.signature(method.start).parameters:
@@ -64,7 +65,7 @@ def adapted(task: Task, run: FinetuneRun, progress: bool) -> Any:
         **options,
     )
     if section.as_lora:
-        to_lora(tuned)  # what cannot be saved so says so before it is trained
+        updates_and_biases(tuned)  # what cannot be saved so says so before it is trained
     if run.model.gradient_checkpointing:
         task.base.enable_input_require_grads()
     return tuned

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fullrank.core.errors import InputError
 from fullrank.datasets.jsonl import read_objects
+from fullrank.datasets.texts import checked_text
 
 if TYPE_CHECKING:
     from fullrank.datasets import Dataset
@@ -54,12 +56,14 @@ def read_rows(source: str | Path, fields: tuple[str, str], seed: int | None = No
     fields
         Their names.
     seed
-        Of the tenth that is drawn from a file to measure on; None takes the last lines.
+        Of the tenth that is drawn from a file to measure on, where the second field is a label: of
+        each one some row is left to train on. None takes the last lines.
 
     Raises
     ------
     InputError
-        When there is no such file, a line lacks a field, or there are too few lines.
+        When there is no such file, a line lacks a field or holds what no tokenizer reads, or there
+        are too few lines.
 
     Examples
     --------
@@ -88,7 +92,9 @@ def read_rows(source: str | Path, fields: tuple[str, str], seed: int | None = No
         raise InputError(f"{path} has {len(rows)} lines; some to train on and some to measure on")
     chosen = set(range(len(rows) - held, len(rows)))
     if seed is not None:
-        chosen = set(random.Random(seed).sample(range(len(rows)), held))
+        chosen = _drawn([label for _, label in rows], held, seed)
+        if not chosen:
+            raise InputError(f"{path} has one line of each label; some more to measure on")
     return Rows(
         path.stem,
         tuple(row for i, row in enumerate(rows) if i not in chosen),
@@ -96,11 +102,28 @@ def read_rows(source: str | Path, fields: tuple[str, str], seed: int | None = No
     )
 
 
+def _drawn(labels: Sequence[str], held: int, seed: int) -> set[int]:
+    """Draw rows to hold out, but never all of a label."""
+    generator = random.Random(seed)
+    chosen = set(generator.sample(range(len(labels)), held))
+    left = Counter(label for i, label in enumerate(labels) if i not in chosen)
+    for i in sorted(chosen):
+        if not left[labels[i]]:
+            chosen.remove(i)
+            left[labels[i]] += 1
+    if len(chosen) < held:
+        for i in generator.sample(range(len(labels)), len(labels)):
+            if i not in chosen and len(chosen) < held and left[labels[i]] > 1:
+                chosen.add(i)
+                left[labels[i]] -= 1
+    return chosen
+
+
 def has_fields(source: str | Path, fields: Sequence[str]) -> bool:
     """Whether a source is JSONL whose first line has all these fields."""
     path = Path(source)
     path = path / "train.jsonl" if path.is_dir() else path
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
         return False
     first = next(iter(read_objects(path)), None)
     return first is not None and all(field in first[1] for field in fields)
@@ -138,7 +161,8 @@ def _fields(path: Path, fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
                     f"{path}, line {number}: no {field!r} among the keys {sorted(record)}; name "
                     "the right one in data:"
                 )
-            values.append(str(record[field]))
+            text = checked_text(str(record[field]), field, f"{path}, line {number}")
+            values.append(text)
         rows.append((values[0], values[1]))
     if not rows:
         raise InputError(f"{path} is empty")

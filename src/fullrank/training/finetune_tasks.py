@@ -21,7 +21,13 @@ from fullrank.core.modes import evaluating
 from fullrank.datasets.texts import Texts, read_texts
 from fullrank.training.finetune_config import FinetuneRun
 from fullrank.training.finetune_data import Rows, has_fields, read_rows
-from fullrank.training.lm_data import LMData, bits_per_byte, load_lm, read_tokenizer
+from fullrank.training.lm_data import (
+    LMData,
+    bits_per_byte,
+    check_vocabulary,
+    load_lm,
+    read_tokenizer,
+)
 from fullrank.training.processes import Processes
 
 # No label: a position that is not predicted.
@@ -126,6 +132,7 @@ class LanguageModel(Task):
         self.data = LMData.of(texts, self.tokenizer, run.data.max_tokens, run.data.dev_bytes)
         self.network = self.base = load_lm(run.model.name, None, self.tokenizer, run.model.dtype)
         _check_length(self.base, run)
+        check_vocabulary(self.base, self.data.largest)
         self.rows: Any = self.data.train
         self.fingerprint = texts.fingerprint
         self.counts = {
@@ -163,6 +170,7 @@ class Completions(Task):
         self.network = self.base = load_lm(run.model.name, None, self.tokenizer, run.model.dtype)
         _check_length(self.base, run)
         self.rows, self.dev = (self._encoded(part, rows.name) for part in (rows.train, rows.dev))
+        check_vocabulary(self.base, max(max(ids) for ids, _ in [*self.rows, *self.dev]))
         self.fingerprint = rows.fingerprint
         self.counts = {"name": rows.name, "train_rows": len(self.rows), "dev_rows": len(self.dev)}
 
@@ -257,15 +265,26 @@ class Classifier(Task):
         }
 
     def collate(self, rows: list[Any]) -> Any:
-        """Tokenise and pad."""
-        batch = self.tokenizer(
-            [text for text, _ in rows],
+        """Tokenise and pad; a text without a token is one that ends at once."""
+        texts = [text for text, _ in rows]
+        batch = self._tokenised(texts)
+        there = batch["attention_mask"].any(1).tolist()
+        if not all(there):
+            end = self.tokenizer.eos_token or self.tokenizer.pad_token
+            batch = self._tokenised(
+                [text if any_token else end for text, any_token in zip(texts, there, strict=True)]
+            )
+        check_vocabulary(self.base, int(batch["input_ids"].max()))
+        return {**batch, "labels": torch.tensor([self.number[label] for _, label in rows])}
+
+    def _tokenised(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts,
             padding=True,
             truncation=True,
             max_length=self.run.data.max_tokens,
             return_tensors="pt",
         )
-        return {**batch, "labels": torch.tensor([self.number[label] for _, label in rows])}
 
     def tokens(self, batch: Any) -> int:
         """Tokens that are not padding."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fullrank.core.errors import StoreError
 from fullrank.training.finetune_tasks import Task
 from fullrank.training.lm_trainer import LMTrainer, SeededOrder
+from fullrank.training.loop import changing, changing_weights, load_weights
 
 _WEIGHTS = "trained.safetensors"
 
@@ -70,30 +71,14 @@ class FinetuneTrainer(LMTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in _changing(model).items()}
-        save_file(tensors, folder / _WEIGHTS)
+        save_file(changing_weights(model), folder / _WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        there = _changing(model or self.model)
+        there = changing(model or self.model)
         if saved.keys() != there.keys() or any(saved[n].shape != t.shape for n, t in there.items()):
             raise StoreError(
                 f"{resume_from_checkpoint} is of a model with other trained layers; train with "
                 "resume=False (--fresh) to start again"
             )
-        with torch.no_grad():
-            for name, tensor in there.items():
-                tensor.copy_(saved[name])
-
-
-def _changing(model: Any) -> dict[str, torch.Tensor]:
-    """Trained parameters, and all buffers that belong to the model's state, tied ones once."""
-    state = model.state_dict(keep_vars=True)
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        trained = tensor.requires_grad if isinstance(tensor, torch.nn.Parameter) else True
-        if trained and id(tensor) not in seen and isinstance(tensor, torch.Tensor):
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
+        load_weights(model or self.model, saved)

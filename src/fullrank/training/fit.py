@@ -169,7 +169,7 @@ def fit(
             advance=stack.enter_context(progress_bar("train", 100, progress, unit="%")),
             clock=clock,
         )
-        checkpoint = continue_from(loop, workplace, identity)
+        checkpoint = continue_from(loop, workplace, identity, parts.model)
         optimizer = parts.optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, box.factor)
         trainer = parts.trainer(

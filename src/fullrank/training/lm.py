@@ -16,7 +16,14 @@ from fullrank.training.checkpoints import weights_digest
 from fullrank.training.fit import Pace, Parts, TokenCounter, carried_out, fit
 from fullrank.training.history import TrainingHistory
 from fullrank.training.lm_config import LMTraining
-from fullrank.training.lm_data import BYTES, LMData, bits_per_byte, load_lm, read_tokenizer
+from fullrank.training.lm_data import (
+    BYTES,
+    LMData,
+    bits_per_byte,
+    check_vocabulary,
+    load_lm,
+    read_tokenizer,
+)
 from fullrank.training.lm_optimizers import make_optimizer
 from fullrank.training.optimizers import StateMemory
 from fullrank.training.processes import Processes
@@ -227,6 +234,7 @@ class _Training:
             raise InputError(
                 f"data.context={self.config.data.context}, but the model takes {limit} tokens"
             )
+        check_vocabulary(model, self.data.largest)
         if section.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.to(self.device)

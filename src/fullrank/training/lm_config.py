@@ -9,11 +9,12 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fullrank.core.errors import InputError, require
+from fullrank.training.config import MOST_SEED
 
 Precision = Literal["auto", "bfloat16", "float32"]
 
@@ -22,6 +23,21 @@ class Section(BaseModel):
     """Keys of a run that belong together; one that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is null in YAML: it is left out."""
+        if not isinstance(values, dict):
+            return values
+        empty = {name for name, value in values.items() if value is None and cls._holds_keys(name)}
+        return {name: value for name, value in values.items() if name not in empty}
+
+    @classmethod
+    def _holds_keys(cls, name: str) -> bool:
+        kind: Any = getattr(cls.model_fields.get(name), "annotation", None)
+        kind = get_origin(kind) or kind
+        return isinstance(kind, type) and issubclass(kind, dict | Section)
 
 
 class ModelSection(Section):
@@ -138,7 +154,7 @@ class LoopSection(Section):
     evaluations: int = Field(default=10, ge=1)
     patience: int | None = Field(default=None, ge=1)
     device: str | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
 
 class RunSettings(Section):
@@ -152,7 +168,7 @@ class RunSettings(Section):
             raise InputError(f"there is no file {path}; expected a YAML or TOML file")
         try:
             text = path.read_text(encoding="utf-8-sig")
-            values = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
+            values = tomllib.loads(text) if path.suffix.lower() == ".toml" else _yaml(text)
         except Exception as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
@@ -221,7 +237,7 @@ class LMTraining(RunSettings):
         if self.optimizer.per_layer and self.loop.clip is not None:
             raise ValueError(
                 "optimizer.per_layer frees each gradient before the norm of all is known; set "
-                "loop.clip to null"
+                "loop.clip to null, on the command line (loop.clip=null) where a TOML file has none"
             )
         return self
 
@@ -267,7 +283,8 @@ def _change(values: dict[str, Any], change: str) -> None:
     if not equals or not sections or not key:
         raise InputError(f"{change!r} is no change; write section.key=value, e.g. loop.steps=200")
     for section in sections:
-        inner = values.setdefault(section, {})
+        inner = values.get(section)
+        inner = values[section] = {} if inner is None else inner
         if not isinstance(inner, dict):
             raise InputError(f"{change!r}: {section} is a value, not a section")
         values = inner

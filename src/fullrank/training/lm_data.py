@@ -140,6 +140,11 @@ class LMData:
     dev: Blocks
     bytes_per_token: float
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return int(max(self.train.ids.max(), self.dev.ids.max()))
+
     @classmethod
     def of(cls, texts: Texts, tokenizer: Any, context: int, dev_bytes: int) -> LMData:
         """Tokenise texts.
@@ -205,6 +210,19 @@ def bits_per_byte(
             total[1] += count
     nats, predicted = processes.total(total).tolist()
     return float(nats / predicted / math.log(2) / data.bytes_per_token)
+
+
+def check_vocabulary(model: Any, largest: int) -> None:
+    """Raise unless a model has an embedding of every token id up to the largest of the data."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a model that reads characters, say
+        return
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"the tokenizer gives token ids up to {largest}, but the model knows {rows} tokens; "
+            "take the model's own tokenizer, or a vocab_size as large as the tokenizer's"
+        )
 
 
 def load_lm(name: str | None, config: dict[str, Any] | None, tokenizer: Any, dtype: str) -> Any:

@@ -90,7 +90,9 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
         )
     try:
         return recipe.build(model, body_and_head(model, section), section)
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(f"optimizer.options of {section.name}: {error}") from error
 
 

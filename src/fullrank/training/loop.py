@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,7 +186,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self.history.evaluations.append(EvaluationRecord(step, metric, rankme, began, took))
         best = self.history.best
         if best is not None and best.step == step:
-            self.best = trainable_weights(model)
+            self.best = changing_weights(model)
 
     def _show(self, share: float) -> None:
         percent = int(100 * share)
@@ -195,12 +195,18 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             self._percent = percent
 
 
-def continue_from(loop: Loop, workplace: Path, identity: dict[str, Any]) -> Path | None:
+def continue_from(loop: Loop, workplace: Path, identity: dict[str, Any], model: Any) -> Path | None:
     """Bring a loop to where its newest checkpoint was written; return that, None without one."""
     checkpoint = newest(workplace / CHECKPOINTS)
     if checkpoint is not None:
         before, best = read_progress(checkpoint)
         check_identity(before.identity, identity, workplace)
+        if best and best.keys() != changing(model).keys():
+            raise StoreError(
+                f"the best weights in {checkpoint} are not all that training changes in this "
+                "model; another version of fullrank wrote them: train with resume=False (--fresh) "
+                "to start again"
+            )
         loop.restore(before, best)
     return checkpoint
 
@@ -264,21 +270,32 @@ def quiet_arguments(kind: Any, folder: Path, device: torch.device, **chosen: Any
     return found
 
 
-def trainable_weights(model: Any) -> Weights:
+def changing(model: Any) -> Weights:
+    """Trained parameters, and all buffers that belong to the model's state, tied ones once."""
+    found: Weights = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        trained = tensor.requires_grad if isinstance(tensor, torch.nn.Parameter) else True
+        if trained and id(tensor) not in seen and isinstance(tensor, torch.Tensor):
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def changing_weights(model: Any) -> Weights:
     """Copies, on the CPU, of everything that training changes."""
     return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in changing(model).items()
     }
 
 
+@torch.no_grad()
 def load_weights(model: Any, weights: Weights) -> None:
-    """Write weights that :func:`trainable_weights` took back into a model."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
+    """Write weights that :func:`changing_weights` took back into a model."""
+    there = changing(model)
+    for name, value in weights.items():
+        there[name].copy_(value)
 
 
 class WholeCheckpoints:
@@ -290,16 +307,25 @@ class WholeCheckpoints:
         Our callback.
     identity
         What must be the same for a checkpoint to be continued.
+    first
+        Callbacks that change the model after a step, before ``loop`` measures and keeps it.
     """
 
     args: Any
     state: Any
 
-    def __init__(self, *, loop: Loop, identity: dict[str, Any], **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        identity: dict[str, Any],
+        first: Sequence[Any] = (),
+        **arguments: Any,
+    ) -> None:
         self._loop = loop
         self._identity = identity
         self._staging: Path | None = None
-        super().__init__(callbacks=[loop], **arguments)  # type: ignore[call-arg]
+        super().__init__(callbacks=[*first, loop], **arguments)  # type: ignore[call-arg]
         self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fullrank.training.config import MOST_SEED
 from fullrank.training.lm_config import RunSettings, Section
 
 Method = Literal["verl", "grpo", "verl_rloo", "rloo"]
@@ -125,7 +126,7 @@ class RLLoop(Section):
     ranks_every: int = Field(default=0, ge=0)
     samples: int = Field(default=8, ge=0)
     device: Literal["cpu", "cuda"] | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
 
 class RLRun(RunSettings):
