@@ -98,7 +98,9 @@ def test_a_teacher_may_be_partly_factorised():
     loss = PELALoss(student, teacher, alpha=0.0, eps=0.0)
     with torch.no_grad():
         student[1].first.mul_(1.5)
-    errors = [(s.merged_weight() - t.weight).abs().max() for s, t in zip(student, teacher, strict=True)]
+    errors = [
+        (s.merged_weight() - t.weight).abs().max() for s, t in zip(student, teacher, strict=True)
+    ]
     assert float(loss.perturbation()) == pytest.approx(
         float(torch.stack(errors).square().mean()), rel=1e-4
     )
