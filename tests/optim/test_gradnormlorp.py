@@ -301,3 +301,13 @@ def test_a_weight_that_is_changed_from_outside_is_taken_as_it_is_then():
     W.grad = torch.randn_like(W)
     optimizer.step()
     torch.testing.assert_close(W.detach(), loaded, rtol=1e-12, atol=0)
+
+
+def test_tiny_weights_in_float16_are_not_taken_for_changed_ones():
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.zeros(24, 16, dtype=torch.float16))
+    optimizer = GradNormLoRPAdamW([W], rank=4, lr=1e-4)
+    for _ in range(60):
+        W.grad = torch.randn(24, 16).half()
+        optimizer.step()
+    assert W.isfinite().all()

@@ -434,3 +434,32 @@ def test_a_model_outlives_its_optimizer_and_can_be_saved(tmp_path):
     gc.collect()
     assert inner() is None
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_inner_optimizer_may_be_wrapped():
+    accelerate = pytest.importorskip("accelerate")
+    model, other = net(), net()
+    prepared = accelerate.Accelerator(cpu=True).prepare(SGD(model.parameters()))
+    train(model, MKOR(model, prepared, inv_freq=1), range(3))
+    train(other, MKOR(other, SGD(other.parameters()), inv_freq=1), range(3))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_shared_layer_that_is_computed_again_is_seen_as_often():
+    from torch.utils.checkpoint import checkpoint
+
+    def seen(again):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        optimizer = MKOR(layer, SGD(layer.parameters()), inv_freq=1)
+        x = torch.randn(5, 6)
+        for _ in range(3):
+            x = checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False) if again else layer(x)
+            x = x if again else x.tanh()
+        x.square().sum().backward()
+        return optimizer.layers[0].statistics
+
+    plain, again = seen(False), seen(True)
+    assert plain.seen == again.seen == 3
+    torch.testing.assert_close(plain.g, again.g)

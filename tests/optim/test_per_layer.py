@@ -116,3 +116,21 @@ def test_what_it_refuses(options, message):
         step_per_layer(optimizer, **options)
     with pytest.raises(InputError, match="without the others"):
         step_per_layer(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+
+
+def test_passes_that_were_thrown_away_do_not_count():
+    model, optimizer = build("galore")
+    train(model, optimizer, 4, 2)
+    twin, other = build("galore")
+    with step_per_layer(other, accumulation_steps=2):
+        train(twin, other, 2, 2)
+        twin(torch.ones(4, 8)).sum().backward()
+        other.zero_grad()
+        for step in range(4, 8):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            (twin(x).square().mean() / 2).backward()
+            if step % 2:
+                other.step()
+                other.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)

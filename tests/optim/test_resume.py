@@ -267,3 +267,49 @@ def test_coordinates_that_a_hook_chose_are_saved(subspace):
             param.grad = grad.clone()
             optimizer.step()
     assert torch.equal(p, q)
+
+
+def test_a_hook_may_come_and_go():
+    def hook(weight, grad, side):
+        return torch.tensor([1, 6])
+
+    def make(param, hook):
+        groups = [{"params": [param], "is_proj_params": True}]
+        return FrugalAdamW(groups, subspace="columns", lr=0.1, projection_hook=hook)
+
+    for before, after in ((hook, None), (None, hook)):
+        p, q = (nn.Parameter(torch.zeros(6, 8)) for _ in range(2))
+        one, two = make(p, before), make(q, after)
+        for optimizer, param in ((one, p), (two, q), (two, q)):
+            if optimizer is two:
+                two.load_state_dict(through_a_file(one.state_dict()))
+            param.grad = torch.ones(6, 8)
+            optimizer.step()
+        assert torch.equal(one.state[p]["seed"], two.state[q]["seed"])
+
+
+def test_stepping_parameter_by_parameter_looks_at_each_once(monkeypatch):
+    from fullrank.optim import foundation
+
+    looked = []
+    kind = foundation._kind
+    monkeypatch.setattr(foundation, "_kind", lambda param: looked.append(1) or kind(param))
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(20)]
+    optimizer = GaLoreAdamW(params, rank=2)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+            optimizer.step_parameter(param)
+    assert len(looked) <= 4 * len(params)
+
+
+def test_one_that_was_pickled_before_there_was_a_field():
+    W = nn.Parameter(torch.ones(6, 4))
+    optimizer = GaLoreAdamW([W], rank=2)
+    W.grad = torch.ones_like(W)
+    optimizer.step()
+    state = optimizer.__getstate__()
+    del state["_settled"]
+    again = GaLoreAdamW.__new__(GaLoreAdamW)
+    again.__setstate__(state)
+    again.step()

@@ -160,6 +160,30 @@ def test_a_weight_that_is_used_several_times_has_one_gradient(method):
         )
 
 
+def test_a_use_for_all_examples_at_once():
+    class Relative(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = torch.nn.Embedding(20, 8), torch.nn.Embedding(6, 8)
+            self.attn = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+            self.head = torch.nn.Linear(8, 20)
+
+        def forward(self, input_ids, **_):
+            q_proj = self.attn["q_proj"]
+            x = q_proj(self.words(input_ids)) + q_proj(self.places.weight[None, :5])
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.head(x.tanh()))
+
+    torch.manual_seed(0)
+    model = Relative()
+    ids = torch.randint(0, 20, (3, 5))
+    found = gradient_spectrum(model, ids, ids)
+    mean_loss(model(ids).logits, ids).backward()
+    expected = torch.linalg.svdvals(model.attn["q_proj"].weight.grad)
+    np.testing.assert_allclose(found["attn.q_proj"].values, expected.numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="for all examples at once"):
+        example_gradients(model, ids, ids)
+
+
 def test_layers_that_read_parts_of_one_tensor():
     class Parts(torch.nn.Module):
         def __init__(self):

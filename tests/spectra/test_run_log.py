@@ -179,6 +179,15 @@ def test_a_callback_that_came_later_leaves_what_was_before(tmp_path):
     assert read_run(tmp_path).measures["loss"] == {1: 9.0, 2: 9.0, 3: 9.0, 4: 9.0, 5: 1.0}
 
 
+def test_what_only_the_trainer_knows_of_this_run_is_shown(tmp_path):
+    events = [{"kind": "start", "step": 0, "time": 0.0}, {"kind": "log", "step": 2, "loss": 1.0}]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    (tmp_path / "checkpoint-4").mkdir()
+    told = {"log_history": [{"step": 2, "loss": 9.0}, {"step": 4, "my_metric": 0.5}]}
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(told))
+    assert read_run(tmp_path).measures == {"loss": {2: 1.0}, "my_metric": {4: 0.5}}
+
+
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Conv1d(1, 1, 1)])
 def test_weights_that_cannot_be_measured_do_not_end_the_run(tmp_path, model):
     transformers = pytest.importorskip("transformers")

@@ -28,7 +28,7 @@ _NAMED: dict[str, Callable[[], Dataset]] = {
 }
 # What these begin with, a brace or a tag, tells nothing.
 _MARKED_UP = (".md", ".markdown", ".rst")
-_TREC = re.compile(r"<doc[\s>]|<\?xml", re.IGNORECASE)
+_TREC = re.compile(r"<doc(s|uments?)?[\s>]|<\?xml", re.IGNORECASE)
 _FORMS = (
     "a .jsonl, .tsv, TREC or text file, a folder of text files or in BEIR's layout, 'pydocs', "
     "'cranfield', 'vaswani', 'ir_datasets:ID' or 'hf:NAME'"

@@ -37,8 +37,6 @@ class Coordinates:
         Of the draw; None before the first.
     indices
         int64; drawn from the seed unless given.
-    keep
-        Whether indices that a caller gives are saved: they cannot be drawn again.
 
     Examples
     --------
@@ -59,7 +57,6 @@ class Coordinates:
         shape: tuple[int, int],
         seed: Tensor | None = None,
         indices: Tensor | None = None,
-        keep: bool = False,
     ) -> None:
         if side not in get_args(Coordinate):
             raise InputError(f"coordinates {side!r}; they are one of {get_args(Coordinate)}")
@@ -72,7 +69,6 @@ class Coordinates:
         self.shape = shape
         self._seed = seed
         self._indices = indices
-        self._keep = keep
 
     @property
     def fitted(self) -> bool:
@@ -82,19 +78,15 @@ class Coordinates:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The seed; -1 where the indices were given, which are then saved if they shall be kept."""
+        """The seed; -1 where the indices were given, which are then there too."""
         if self._seed is None:
             return {}
-        if not self._keep:
-            return {"seed": self._seed}
-        given = self._indices if int(self._seed) == _GIVEN else None
-        nothing = torch.zeros(self.count, dtype=torch.int64)
-        return {"seed": self._seed, "indices": nothing if given is None else given}
+        given = {} if self._indices is None else {"indices": self._indices}
+        return {"seed": self._seed, **(given if int(self._seed) == _GIVEN else {})}
 
     def expected(self, shape: tuple[int, int], dtype: torch.dtype) -> Spec:
-        """One number, and the indices where they are kept."""
-        seed: Spec = {"seed": ((), torch.int64)}
-        return {**seed, "indices": ((self.count,), torch.int64)} if self._keep else seed
+        """One number; indices that were given come beside it."""
+        return {"seed": ((), torch.int64)}
 
     def small_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """``(m, k)`` for columns, ``(k, n)`` for rows, ``(k,)`` for entries."""
@@ -109,7 +101,7 @@ class Coordinates:
         return self._with(seed, state.get("indices") if given else None)
 
     def _with(self, seed: Tensor | None, indices: Tensor | None = None) -> Self:
-        return type(self)(self.count, self.side, self.shape, seed, indices, self._keep)
+        return type(self)(self.count, self.side, self.shape, seed, indices)
 
     def fit(self, weight: Tensor, grad: Tensor, generator: torch.Generator | None = None) -> Self:
         """Choose anew; of the gradient only the device matters."""

@@ -103,8 +103,8 @@ class FullrankOptimizer(Optimizer):
         one_of("skip", "raise", "ignore")("nonfinite", arguments["nonfinite"])
         self.nonfinite: NonFinite = arguments["nonfinite"]
         self._places: dict[Tensor, tuple[int, int]] = {}
-        # What each group said when its state was last looked at.
-        self._settled: dict[int, dict[str, Any]] = {}
+        # What each group said, and its weights were, when its state was last looked at.
+        self._settled: dict[int, tuple[dict[str, Any], list[Any]]] = {}
         defaults = {name: plain(arguments[name]) for name in self.checks}
         check_group(defaults, self.checks)
         super().__init__(params, defaults)
@@ -280,6 +280,10 @@ class FullrankOptimizer(Optimizer):
         """Return what a saved state of a parameter must hold: by default, what it will hold."""
         return self.expected_state(param)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # One that was pickled before there was this.
+        super().__setstate__({"_settled": {}, **state})
+
     def __getstate__(self) -> dict[str, Any]:
         kept: dict[str, Any] = {"nonfinite": self.nonfinite, "_places": {}, "_settled": {}}
         return {**super().__getstate__(), **kept}
@@ -309,7 +313,8 @@ class FullrankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._settle(range(len(self.param_groups)))
+        for g, group in enumerate(self.param_groups):
+            self._settle(g, range(len(group["params"])))
         entries = list(self._entries())
         if entries:
             self._take(entries)
@@ -319,29 +324,30 @@ class FullrankOptimizer(Optimizer):
     def step_parameter(self, param: Tensor) -> None:
         """Step one parameter alone, by its gradient; see :func:`step_per_layer`."""
         g, i = self.place_of(param)
-        self._settle([g])
+        self._settle(g, [i])
         entry = self._entry(g, i, param)
         entry.alone = True
         self._take([entry])
 
-    def _settle(self, groups: Iterable[int]) -> None:
-        """See that the state there is is what the groups still ask for."""
-        for g in groups:
-            group = self.param_groups[g]
-            now, before = made_for(group, self.checks), self._settled.get(g)
-            if now == before:
-                continue
-            if before is not None:
-                self.forget()
-            try:
-                for i, param in enumerate(group["params"]):
-                    if state := self.state.get(param):
-                        spec = self.saved_spec(param, state)
-                        check_kept(state, spec, self._name(g, i), before, now)
-            except InputError:
-                self.forget()  # what was derived from what the group says now
-                raise
-            self._settled[g] = now
+    def _settle(self, g: int, about_to_step: Iterable[int]) -> None:
+        """See that the state there is is what a group, and its weights, still ask for."""
+        group = self.param_groups[g]
+        params, now = group["params"], made_for(group, self.checks)
+        before, weights = self._settled.get(g, ({}, []))
+        same = now == before and len(weights) == len(params)
+        if same and all(weights[i] == _kind(params[i]) for i in about_to_step):
+            return
+        if before:
+            self.forget()
+        try:
+            for i, param in enumerate(params):
+                if state := self.state.get(param):
+                    spec = self.saved_spec(param, state)
+                    check_kept(state, spec, self._name(g, i), before, now)
+        except InputError:
+            self.forget()  # what was derived from what the group says now
+            raise
+        self._settled[g] = now, [_kind(param) for param in params]
 
     def _entries(self) -> Iterator[Entry]:
         for g, group in enumerate(self.param_groups):
@@ -375,6 +381,10 @@ class FullrankOptimizer(Optimizer):
             unseen = [e.state["unseen"] for e in entries if e.param.device == device]
             torch._foreach_add_(unseen, [skip.to(unseen[0].dtype)] * len(unseen))
         self.advance(entries, verdict)
+
+
+def _kind(param: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return param.shape, param.dtype
 
 
 @contextmanager

@@ -240,7 +240,7 @@ class FrugalAdamW(SubspaceOptimizer):
             count = share(total, group["density"]) if rank is None else min(rank, total)
             if count in (0, total):
                 return Everything() if count else Nothing()
-            return Coordinates(count, side, shape, keep=self.projection_hook is not None)
+            return Coordinates(count, side, shape)
         return self._directions(group, rank, shape)
 
     @staticmethod
@@ -279,11 +279,13 @@ class FrugalAdamW(SubspaceOptimizer):
         return {**spec, **_BLOCK} if _in_blocks(group) else spec
 
     def saved_spec(self, param: Tensor, saved: Mapping[str, Any]) -> Spec:
-        """A block that was active when it was saved has moments."""
+        """A block that was active when it was saved has moments, a hook's choice its indices."""
         place = self.place_of(param)
         group = self.param_groups[place[0]]
         if not _in_blocks(group) or not (block := float(saved.get("block", 0.0))):
-            return self.expected_state(param)
+            spec, space = self.expected_state(param), self._slot(param).subspace
+            given = "indices" in saved and isinstance(space, Coordinates)
+            return {**spec, "indices": ((space.count,), torch.int64)} if given else spec
         space = Identity() if block > 0 else Nothing()
         slot = make_slot(param, group, place, self._parts_of(place[0]), space)
         return {**COUNTERS, **slot.expected(), **_BLOCK}

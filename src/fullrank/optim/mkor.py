@@ -173,7 +173,8 @@ class MKOR(Optimizer):
         super().__init__([{"params": group["params"]} for group in self.inner.param_groups], {})
         self._link()
         this = weakref.ref(self)
-        self.inner.register_load_state_dict_post_hook(lambda _: _linked(this()))
+        if hasattr(self.inner, "_optimizer_load_state_dict_post_hooks"):  # wrappers may have none
+            self.inner.register_load_state_dict_post_hook(lambda _: _linked(this()))
         self.inv_freq, self.warmup_steps, self.steps = inv_freq, warmup_steps, 0
         self.nonfinite: NonFinite = nonfinite
         self.process_group = process_group
@@ -397,6 +398,7 @@ class MKOR(Optimizer):
             for layer, state in zip(self.layers, before, strict=True):
                 layer.load(state)
             raise
+        self._link()
         self._clear()
         self.steps = own["steps"]
 

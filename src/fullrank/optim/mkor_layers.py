@@ -70,7 +70,9 @@ class Layer:
         """Take in a pass's inputs, and its output's gradient when that comes."""
         if not output.numel():
             return  # no rows, as of an expert without tokens: no means
-        if self.module.weight.grad is None:  # what is there belongs to a step that was not taken
+        # What is there belongs to a step that was not taken, unless a backward pass is under way,
+        # in which checkpointing runs layers again.
+        if self.module.weight.grad is None and torch._C._current_graph_task_id() == -1:
             self.statistics.clear()
         mask = self._mask(output)
         a = self.input_mean(x, mask)

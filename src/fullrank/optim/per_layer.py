@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch.distributed as dist
@@ -24,7 +25,10 @@ class PerLayer:
     ``accumulation_steps``-th of the parameter's own gradients. Learning rates are read at the
     moment of each parameter's step, so that schedulers work as usual.
 
-    A gradient that is not finite leaves out its own parameter's step alone.
+    A gradient that is not finite leaves out its own parameter's step alone. Passes that were thrown
+    away by ``zero_grad()`` do not count. Under gradient checkpointing take ``use_reentrant=False``:
+    the other form runs a backward pass for every segment, in each of which a layer that segments
+    share would be stepped.
 
     Parameters
     ----------
@@ -89,7 +93,18 @@ class PerLayer:
             for p in params
             if p.requires_grad
         ]
+        if accumulation_steps > 1:
+            self._hooks += [p.register_hook(self._fresh(p)) for p in params if p.requires_grad]
         self._hooks.append(optimizer.register_step_pre_hook(self._close))
+
+    def _fresh(self, param: Tensor) -> Callable[[Tensor], None]:
+        """Return a hook that starts counting anew where passes before were thrown away."""
+
+        def before(_: Tensor) -> None:
+            if param.grad is None:
+                self._waiting.pop(param, None)
+
+        return before
 
     def _on_gradient(self, param: Tensor) -> None:
         seen = self._waiting.pop(param, 0) + 1

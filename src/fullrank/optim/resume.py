@@ -77,23 +77,23 @@ def made_for(group: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     said = {key: group[key] for key in keys if key in group and key not in _SCHEDULED}
     if "momentum" in said:
         said["momentum"] = bool(said["momentum"])  # that there is one, that is
-    copies = {key: list(v) if isinstance(v, list) else v for key, v in said.items()}
-    return {**copies, "weights": [(tuple(p.shape), p.dtype) for p in group["params"]]}
+    return {key: list(v) if isinstance(v, list) else v for key, v in said.items()}
 
 
 def check_kept(
-    state: Mapping[str, Any], spec: Spec, name: str, before: Mapping[str, Any] | None, now: Any
+    state: Mapping[str, Any], spec: Spec, name: str, before: Mapping[str, Any], now: Any
 ) -> None:
     """Raise :class:`InputError` when a state in use is not what its group asks for."""
     kept = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
     if kept == spec:
         return
-    changed = [key for key in now if before is not None and before.get(key) != now[key]]
+    changed = [key for key in now if before and before.get(key) != now[key]]
     what = next(key for key in (*spec, *kept) if kept.get(key) != spec.get(key))
+    why = ", ".join(changed) or "what it depends on, such as the weight,"
     raise InputError(
         f"{name} has the state {what}: {kept.get(what, 'none')}, but its group now asks for "
-        f"{spec.get(what, 'none')}: {', '.join(changed) or 'what it depends on'} cannot change "
-        "once there is state. Set it back, or make a new optimizer"
+        f"{spec.get(what, 'none')}: {why} cannot change once there is state. Set it back, or make "
+        "a new optimizer"
     )
 
 

@@ -116,8 +116,9 @@ class RowNorm:
         """
         g, norm = state["magnitude"], state["direction_norm"]
         length = _row_norm(weight, g.dtype)
-        loose = max(_CHANGED, 4 * torch.finfo(weight.dtype).eps)
-        changed = (length - g.abs()).abs() > loose * g.abs()
+        info = torch.finfo(weight.dtype)
+        loose = max(_CHANGED, 4 * info.eps) * g.abs() + info.tiny * weight.shape[1] ** 0.5
+        changed = (length - g.abs()).abs() > loose
         g.copy_(torch.where(changed, length, g))
         norm.copy_(torch.where(changed, length, norm))
         return weight_norm_gradients(weight, grad, state["magnitude"], state["direction_norm"], out)

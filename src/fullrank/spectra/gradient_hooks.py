@@ -71,15 +71,20 @@ def _adapter(name: str) -> bool:
 
 
 @contextmanager
-def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) -> Iterator[None]:
+def caught(
+    model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume, *, together: bool = False
+) -> Iterator[None]:
     """Hand over inputs and output gradients of layers while a backward pass goes through them.
 
     A weight that linear layers use several times is handed over once, with the tokens of all its
-    uses. No parameter asks for a gradient meanwhile, so that none is made; flags and gradients are
-    afterwards as they were.
+    uses: of all examples in one where ``together``, else of each by itself, which cannot be told
+    where one use is of all. No parameter asks for a gradient meanwhile, so that none is made; flags
+    and gradients are afterwards as they were.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    uses = {id(stored_weight(layer)): _Uses(name, consume) for name, layer in layers.items()}
+    uses = {
+        id(stored_weight(layer)): _Uses(name, consume, together) for name, layer in layers.items()
+    }
     handles = [
         layer.register_forward_hook(uses[id(stored_weight(layer))].watch, with_kwargs=True)
         for layer in model.modules()
@@ -101,8 +106,8 @@ def caught(model: nn.Module, layers: Mapping[str, nn.Module], consume: Consume) 
 class _Uses:
     """Inputs and output gradients of one weight, from every place where it is used."""
 
-    def __init__(self, name: str, consume: Consume) -> None:
-        self._name, self._consume = name, consume
+    def __init__(self, name: str, consume: Consume, together: bool) -> None:
+        self._name, self._consume, self._together = name, consume, together
         self._open = 0
         self._caught: list[tuple[Tensor, Tensor]] = []
 
@@ -128,6 +133,13 @@ class _Uses:
     def hand_over(self) -> None:
         """Pass on what there is; at the end, where an output did not take part in the loss."""
         if len(self._caught) > 1:
+            if self._together:
+                self._caught = [(x.flatten(0, -2), d.flatten(0, -2)) for x, d in self._caught]
+            elif len({x.shape[:-2] for x, _ in self._caught}) > 1:
+                raise InputError(
+                    f"{self._name} is also used for all examples at once (relative positions, "
+                    "say): what each example does to it cannot be told; leave it out by modules="
+                )
             inputs, gradients = (torch.cat(each, -2) for each in zip(*self._caught, strict=True))
             self._consume(self._name, inputs, gradients)
         elif self._caught:

@@ -183,7 +183,7 @@ def backward(
     scored = (wanted[:, 1:] != _IGNORED).sum(1)
     if not (scored.sum() if together else scored.min()):
         raise InputError("no token is scored: every label is -100 (the first is never scored)")
-    with evaluating(model), torch.enable_grad(), caught(model, layers, consume):
+    with evaluating(model), torch.enable_grad(), caught(model, layers, consume, together=together):
         options = {} if mask is None else {"attention_mask": _rows(mask).to(device)}
         logits = model(input_ids=ids, use_cache=False, **options).logits
         pairs = [(logits, wanted)] if together else zip(logits, wanted, strict=True)

@@ -56,8 +56,9 @@ class RunLog:
         Lines and files that could not be read.
     ended
         Step at which a trainer said that it was done; -1 before.
-    since
-        Step from which :class:`~fullrank.spectra.RunLogCallback` was there; None where it was not.
+    starts
+        Where trainers began or went on, as :class:`~fullrank.spectra.RunLogCallback` saw it: step,
+        and time in seconds since 1970.
 
     Examples
     --------
@@ -72,7 +73,7 @@ class RunLog:
     stopped: str = ""
     damaged: int = 0
     ended: int = -1
-    since: int | None = None
+    starts: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def last_step(self) -> int:
@@ -108,13 +109,13 @@ class RunLog:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             self.measures.setdefault(_NAMES.get(name, name), {})[step] = float(value)
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, time: float = math.inf) -> None:
         """Forget what was logged beyond a step: a run begins there, or is gone on with."""
         for points in (*self.measures.values(), *self.ranks.values()):
             for late in [known for known in points if known > step]:
                 del points[late]
         self.ended = -1
-        self.since = step if self.since is None else min(step, self.since)
+        self.starts.append((step, time))
 
     def fill(self, other: RunLog) -> None:
         """Take over what is known from elsewhere, where there is nothing yet."""
@@ -194,7 +195,7 @@ def _read_state(log: RunLog, path: Path) -> bool:
     """Take in a history; False, and counted as damaged, where it cannot be read."""
     told = RunLog(log.folder)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
         if path.name == "trainer_state.json":
             for record in values["log_history"]:
                 _take(told, record)
@@ -203,8 +204,8 @@ def _read_state(log: RunLog, path: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         log.damaged += 1
         return False
-    if log.since is not None:  # what lies beyond may be an earlier run's
-        told.start(log.since)
+    if later := [step for step, time in log.starts if time > written]:
+        told.start(min(later))  # what lies beyond is of before that
     # The names in the log's own lines are plainer than those of its history.
     named = [name for name in told.measures if name.startswith("dev ")]
     if named and named[0] != "dev metric" and "dev metric" in log.measures:
@@ -226,7 +227,7 @@ def _take(log: RunLog, record: Mapping[str, Any], metric: str = "metric") -> Non
     """Sort the numbers of one record under their measures."""
     step = int(record["step"])
     if record.get("kind") == "start":
-        log.start(step)
+        log.start(step, float(record.get("time", math.inf)))
         return
     if _SUMMARY in record:
         log.ended = step

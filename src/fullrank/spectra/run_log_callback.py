@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def _callback_class() -> type[Any]:
             """Measure the weights as they came."""
             if state.is_world_process_zero:
                 # An earlier run in this folder may have got further.
-                self._write(args, {"kind": "start", "step": state.global_step})
+                start = {"kind": "start", "step": state.global_step, "time": time.time()}
+                self._write(args, start)
                 self._measured = -1
             if state.is_world_process_zero and self.ranks_every:
                 self._ranks(args, state, model)
