@@ -72,7 +72,7 @@ def test_output_pca_beats_svd_on_the_embedded_encoder():
         model, _ = lord_compress(encoder(), calibrate, config, progress=False)
         return float((model.encode(held_out, convert_to_tensor=True) * original).sum(1).mean())
 
-    for share in (0.45, 0.35, 0.25):
+    for share in (0.45, 0.25):
         assert cosine(share, "output_pca") > cosine(share, "svd") + 0.1
 
 
