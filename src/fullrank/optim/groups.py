@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_modules, canonical_parameters
+from fullrank.core.names import canonical_modules, canonical_parameters, is_linear_like
 from fullrank.core.plan import RankPlan
 from fullrank.core.table import Table
 from fullrank.optim.foundation import FullrankOptimizer
@@ -273,10 +273,7 @@ def _layer_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 weight = getattr(module, f"{part}_weight", None)
                 if weight is not None:
                     yield f"{path}.{part}".lstrip("."), weight
-        elif (
-            isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-            or type(module).__name__ == "Conv1D"
-        ):
+        elif isinstance(module, nn.modules.conv._ConvNd) or is_linear_like(module):
             assert isinstance(module.weight, Tensor)
             yield path, module.weight
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_modules
+from fullrank.core.names import canonical_modules, is_linear_like
 from fullrank.optim.mkor_factors import InverseFactor
 from fullrank.optim.mkor_settings import Settings
 from fullrank.optim.mkor_statistics import Statistics, clipped_sum, mean_patches
@@ -335,8 +335,7 @@ def find_layers(model: nn.Module, exclude: Exclude, settings: Settings) -> list[
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in canonical_modules(model):
-        plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if plain or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        if is_linear_like(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             yield name, module
 
 

@@ -17,9 +17,10 @@ from fullrank.core.errors import InputError
 from fullrank.spectra.values import Input, singular_values
 
 _LEAST = 5
+"""Eigenvalues of a tail, at least: fewer fit anything."""
+
 # Logarithms of eigenvalues that differ by less do so in rounding, of float32 perhaps.
 _SAME = 1e-5
-"""Eigenvalues of a tail, at least: fewer fit anything."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullrank.core.errors import InputError
-from fullrank.core.names import canonical_modules, stored_weight
+from fullrank.core.names import canonical_modules, is_linear_like, stored_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +92,7 @@ def _weight(name: str, module: Any, is_head: bool) -> Weight | None:
         return Weight(
             name, "linear", (len(second), first.shape[1]), len(first), product, first.dtype
         )
-    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    linear = is_linear_like(module)
     if not linear and not isinstance(module, nn.Embedding):
         return None
     matrix = module.weight
